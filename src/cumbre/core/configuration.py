@@ -1,0 +1,198 @@
+"""The site configuration: one YAML file that describes an observatory, whatever its size.
+
+Every key has a description, and ``docs/reference/configuration.md`` is made from them; a test holds both
+together. Paths are relative to the site's folder.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cumbre.core.errors import ConfigurationError, NotFoundError
+from cumbre.core.instrument import explain_validation
+
+SITE_FILE = "site.yaml"
+CLOCK_FILE = "clock.json"
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Observatory(_Model):
+    """Where the telescope stands."""
+
+    name: Annotated[str, Field(description="Name shown on pages and written to headers.")] = "Cumbre"
+    latitude_deg: Annotated[float, Field(ge=-90, le=90, description="Geodetic latitude, north positive.")]
+    longitude_deg: Annotated[float, Field(ge=-180, le=360, description="Longitude, east positive.")]
+    elevation_m: Annotated[float, Field(ge=-500, le=9000, description="Height above the ellipsoid.")] = 0.0
+
+
+class Place(_Model):
+    """One data centre of the observatory."""
+
+    raw: Annotated[str, Field(description="Raw cache: folder or s3:// URL.")]
+    tape: Annotated[str | None, Field(description="Folder of write-once tape volumes; null for none.")] = None
+    repository: Annotated[str | None, Field(description="Butler repository; null for none.")] = None
+    buffer: Annotated[str | None, Field(description="Network outage buffer in front of the link.")] = None
+    listen: Annotated[
+        str | None, Field(description="host:port of the distributor; port 0 lets the system choose.")
+    ] = None
+
+
+class Link(_Model):
+    """A network link between two places; latency, bandwidth and outages are simulated when given."""
+
+    source: Annotated[str, Field(description="Place that sends.")]
+    target: Annotated[str, Field(description="Place that receives.")]
+    latency_ms: Annotated[float, Field(ge=0, description="Simulated one-way latency; 0 for none.")] = 0.0
+    bandwidth_mbit_s: Annotated[float | None, Field(gt=0, description="Simulated bandwidth; null = all.")] = (
+        None
+    )
+    connections: Annotated[int, Field(ge=1, le=64, description="Transfers in parallel.")] = 2
+    timeout_s: Annotated[float, Field(gt=0, description="Deadline of one file's transfer, real seconds.")] = (
+        30.0
+    )
+
+
+class Prompt(_Model):
+    """Prompt processing."""
+
+    workers: Annotated[int, Field(ge=1, description="Worker processes of the local cluster.")] = 2
+    cluster: Annotated[str | None, Field(description="Address of a Dask scheduler; null starts one.")] = None
+    deadline_s: Annotated[float, Field(gt=0, description="Required latency, readout to alerts.")] = 60.0
+    image_timeout_s: Annotated[float, Field(gt=0, description="Wait for an image after its nextVisit.")] = (
+        180.0
+    )
+    detection_sigma: Annotated[float, Field(gt=0, description="Threshold on the difference image.")] = 5.0
+    reliability: Annotated[float, Field(ge=0, le=1, description="Least score of a published alert.")] = 0.5
+    retries: Annotated[int, Field(ge=0, description="Tries after the first, before anything is stored.")] = 2
+
+
+class Retention(_Model):
+    """How long caches keep what is archived; nothing unarchived is ever deleted."""
+
+    daq_days: Annotated[float, Field(gt=0, description="Camera image store.")] = 2.0
+    raw_cache_days: Annotated[float, Field(gt=0, description="Raw caches of base and archive.")] = 30.0
+    summit_days: Annotated[float, Field(gt=0, description="Summit repository (OODS).")] = 7.0
+    embargo_hours: Annotated[float, Field(ge=0, description="Hours before images become public.")] = 80.0
+
+
+class Scheduler(_Model):
+    """What the survey wants."""
+
+    exposure_s: Annotated[float, Field(gt=0, description="Exposure time of a visit.")] = 30.0
+    cadence_s: Annotated[float, Field(gt=0, description="Least time from visit to visit.")] = 37.0
+    notice_s: Annotated[float, Field(ge=20, description="nextVisit this long before the exposure.")] = 22.0
+    max_airmass: Annotated[float, Field(gt=1, description="Limit of airmass.")] = 1.8
+    moon_avoidance_deg: Annotated[float, Field(ge=0, description="Least distance from the Moon.")] = 30.0
+    filters: Annotated[list[str], Field(description="Bands to observe, in order of preference.")] = ["r"]
+    tiles: Annotated[int, Field(ge=1, description="Number of sky tiles of the survey.")] = 3
+
+
+class Simulator(_Model):
+    """The simulated sky and telescope; absent at a real observatory."""
+
+    seed: Annotated[int, Field(ge=0, description="Same seed, same night, bit for bit.")] = 1
+    start: Annotated[str, Field(description="UTC start of the first night, ISO 8601.")] = (
+        "2026-11-21T01:00:00"
+    )
+    rate: Annotated[float, Field(gt=0, description="Night seconds per real second.")] = 6.0
+    star_density: Annotated[float, Field(gt=0, description="Factor on the star counts.")] = 1.0
+    transients_per_detector: Annotated[float, Field(ge=0, description="Mean number of new transients.")] = 4.0
+    variables_fraction: Annotated[float, Field(ge=0, le=1, description="Part of stars that vary.")] = 0.01
+    asteroids_per_deg2: Annotated[float, Field(ge=0, description="Sky density of asteroids.")] = 40.0
+    template_epochs: Annotated[int, Field(ge=0, description="Earlier visits of each tile for templates.")] = 4
+
+
+class Web(_Model):
+    """Pages and APIs."""
+
+    host: Annotated[str, Field(description="Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535, description="Port; 0 lets the system choose.")] = 0
+
+
+class SiteConfig(_Model):
+    """The whole observatory."""
+
+    observatory: Annotated[Observatory, Field(description="Name and place of the telescope.")]
+    instruments: Annotated[
+        list[str], Field(min_length=1, description="Shipped names or paths of instrument descriptions.")
+    ]
+    database: Annotated[str, Field(description="`embedded` or a postgresql:// URL.")] = "embedded"
+    bus: Annotated[str, Field(description="`embedded` or kafka://host:port.")] = "embedded"
+    places: Annotated[dict[str, Place], Field(description="summit, base, archive…")]
+    links: Annotated[list[Link], Field(description="Links between places.")] = []
+    scheduler: Annotated[Scheduler, Field(description="Survey and cadence.")] = Scheduler()
+    prompt: Annotated[Prompt, Field(description="Prompt processing.")] = Prompt()
+    retention: Annotated[Retention, Field(description="How long caches keep.")] = Retention()
+    simulator: Annotated[Simulator | None, Field(description="Simulated sky; null at a real one.")] = None
+    web: Annotated[Web, Field(description="Pages and APIs.")] = Web()
+    profile: Annotated[Literal["one-machine", "summit", "base", "archive"], Field(description="Roles here.")] = (
+        "one-machine"
+    )
+
+    @model_validator(mode="after")
+    def _links_join_places(self) -> SiteConfig:
+        for link in self.links:
+            for end in (link.source, link.target):
+                if end not in self.places:
+                    raise ValueError(f"link {link.source} → {link.target}: no place is called {end!r}")
+        return self
+
+
+class Site:
+    """A site's folder and its configuration."""
+
+    def __init__(self, root: Path, config: SiteConfig) -> None:
+        self.root = root.resolve()
+        self.config = config
+
+    @classmethod
+    def load(cls, root: Path) -> Site:
+        """Read ``root/site.yaml``.
+
+        Raises
+        ------
+        NotFoundError
+            There is no site in the folder.
+        ConfigurationError
+            The file is wrong; the message names file, key, value and expectation.
+        """
+        path = root / SITE_FILE
+        if not path.is_file():
+            raise NotFoundError(f"{root}: no site here (no {SITE_FILE}); make one with: cumbre init {root}")
+        return cls(root, parse_site(path.read_text(), str(path)))
+
+    def path(self, relative: str) -> Path:
+        """Absolute path of something in the site's folder."""
+        return self.root / relative
+
+    @property
+    def clock_path(self) -> Path:
+        """The shared clock of the site's processes."""
+        return self.root / CLOCK_FILE
+
+
+def parse_site(text: str, where: str) -> SiteConfig:
+    """Validate a site file's text.
+
+    Raises
+    ------
+    ConfigurationError
+        Names file, line or key, value, and what was expected.
+    """
+    try:
+        data: Any = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{where}: not YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigurationError(f"{where}: expected a mapping of keys, found {type(data).__name__}")
+    try:
+        return SiteConfig.model_validate(data)
+    except ValidationError as error:
+        raise explain_validation(where, error) from error
