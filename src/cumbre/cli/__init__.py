@@ -1,0 +1,1 @@
+"""The ``cumbre`` command: one file a verb."""

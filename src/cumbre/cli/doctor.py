@@ -1,0 +1,119 @@
+"""``cumbre doctor``: check this machine and a site, say what to do."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cumbre.cli.main import print_json
+from cumbre.core.configuration import Site
+from cumbre.core.errors import CumbreError
+
+MODULES = ("numpy", "numba", "cv2", "sep", "fitsio", "astropy", "pyarrow", "psycopg", "lsst.daf.butler",
+           "distributed", "confluent_kafka", "fastavro")  # fmt: skip
+MIN_FREE_GB = 5.0
+MIN_MEMORY_GB = 4.0
+MIN_FILES = 1024
+
+
+@click.command()
+@click.option("--site", "folder", type=click.Path(path_type=Path), help="Also check this site.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(folder: Path | None, as_json: bool) -> None:
+    """Check everything that a site needs, and say what to do about what is wrong.
+
+    \b
+    Examples:
+      cumbre doctor
+      cumbre doctor --site ./site --json
+    """
+    results = [_run(name, check) for name, check in _checks(folder)]
+    if as_json:
+        print_json(results)
+    else:
+        for item in results:
+            click.echo(f"{'✓' if item['ok'] else '✗'} {item['check']}: {item['message']}")
+    if not all(item["ok"] for item in results):
+        raise click.exceptions.Exit(1)
+
+
+def _run(name: str, check: Callable[[], tuple[bool, str]]) -> dict[str, Any]:
+    try:
+        good, message = check()
+    except (CumbreError, ImportError, OSError) as error:
+        good, message = False, str(error)
+    return {"check": name, "ok": good, "message": message}
+
+
+def _checks(folder: Path | None) -> Iterator[tuple[str, Callable[[], tuple[bool, str]]]]:
+    yield "interpreter", _interpreter
+    for module in MODULES:
+        yield f"package {module}", lambda module=module: _module(module)  # type: ignore[misc]
+    yield "memory", _memory
+    yield "open files", _open_files
+    yield "disk", lambda: _disk(folder or Path.cwd())
+    if folder is not None:
+        yield "site file", lambda: (True, f"{Site.load(folder).config.profile} profile is valid")
+        yield "services", lambda: _services(folder)
+        yield "ledger", lambda: _ledger(folder)
+
+
+def _interpreter() -> tuple[bool, str]:
+    version = sys.version_info
+    return (3, 12) <= version < (3, 14), f"Python {version.major}.{version.minor}.{version.micro} (3.12 or 3.13 wanted)"
+
+
+def _module(name: str) -> tuple[bool, str]:
+    module = importlib.import_module(name)
+    return True, f"{getattr(module, '__version__', 'installed')}"
+
+
+def _memory() -> tuple[bool, str]:
+    import psutil
+
+    free = psutil.virtual_memory().available / 1e9
+    return free > MIN_MEMORY_GB, f"{free:.1f} GB free ({MIN_MEMORY_GB:.0f} GB wanted for the demonstration)"
+
+
+def _open_files() -> tuple[bool, str]:
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft >= MIN_FILES, f"limit {soft} ({MIN_FILES} wanted; raise it with: ulimit -n 65536)"
+
+
+def _disk(folder: Path) -> tuple[bool, str]:
+    there = next(parent for parent in (folder.resolve(), *folder.resolve().parents) if parent.exists())
+    free = shutil.disk_usage(there).free / 1e9
+    return free > MIN_FREE_GB, f"{free:.0f} GB free at {there} ({MIN_FREE_GB:.0f} GB wanted)"
+
+
+def _services(folder: Path) -> tuple[bool, str]:
+    from cumbre.cli.up import status_of
+
+    report = status_of(Site.load(folder))
+    if not report["up"]:
+        return True, "down (start with: cumbre up)"
+    bad = [s["name"] for s in report["services"] if s["state"] != "running"]
+    return not bad, f"{len(report['services'])} services" + (f"; not running: {', '.join(bad)}" if bad else "")
+
+
+def _ledger(folder: Path) -> tuple[bool, str]:
+    from cumbre.cli.up import status_of
+
+    site = Site.load(folder)
+    if not status_of(site)["up"]:
+        return True, "not checked: the site is down"
+    from cumbre.ledger import Ledger
+    from cumbre.site.roles import site_database
+
+    missing = list(Ledger(site_database(site)).missing("archive"))
+    return not missing, f"{len(missing)} detector images not at the archive" + (
+        "; see: cumbre query ledger missing" if missing else ""
+    )

@@ -1,0 +1,98 @@
+"""``cumbre``: few verbs, each loaded only when it is called, so that ``--help`` is instant."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from typing import Any
+
+import click
+
+from cumbre import __version__
+from cumbre.core.errors import CumbreError
+
+VERBS = {
+    "init": ("cumbre.cli.init", "init", "Create a site in a folder."),
+    "up": ("cumbre.cli.up", "up", "Start a site's services."),
+    "down": ("cumbre.cli.up", "down", "Stop a site's services."),
+    "status": ("cumbre.cli.up", "status", "Show a site's services and addresses."),
+    "night": ("cumbre.cli.night", "night", "Run a simulated night and report on it."),
+    "ingest": ("cumbre.cli.ingest", "ingest", "Take files of a real camera into the flow."),
+    "process": ("cumbre.cli.process", "process", "Science and reference images to alerts, without a site."),
+    "calibrate": ("cumbre.cli.calibrate", "calibrate", "Raw frames to calibrated ones with their own bias and flats."),
+    "lightcurve": ("cumbre.cli.lightcurve", "lightcurve", "Frames of one field to light curves."),
+    "query": ("cumbre.cli.query", "query", "Ask the ledger or the tables."),
+    "instrument": ("cumbre.cli.instrument", "instrument", "List, show and check instrument descriptions."),
+    "doctor": ("cumbre.cli.doctor", "doctor", "Check this machine and a site, and say what to do."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose verbs are imported when called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Verbs in the order of use."""
+        del ctx
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one verb."""
+        del ctx
+        if cmd_name not in VERBS:
+            return None
+        module, attribute, _ = VERBS[cmd_name]
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List verbs without importing them."""
+        del ctx
+        with formatter.section("Verbs"):
+            formatter.write_dl([(name, help_text) for name, (_, _, help_text) in VERBS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="cumbre")
+def cli() -> None:
+    """An observatory's data management system: from the shutter to alerts, archives and queries.
+
+    \b
+    Examples:
+      cumbre night --site ./night-site --visits 8      a simulated night, with a report
+      cumbre process --science new.fits --reference old.fits --out result
+      cumbre query --site ./night-site ledger missing
+    """
+
+
+def print_json(data: Any) -> None:
+    """One JSON object on standard output."""
+    click.echo(json.dumps(data, default=str, indent=2, allow_nan=False))
+
+
+def main() -> None:
+    """Entry point: our errors become one clear line and an exit code.
+
+    Exit codes: 0 done; 1 failed; 2 bad input; 3 not found; 130 interrupted.
+    """
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except CumbreError as error:
+        click.echo(f"cumbre: {error}", err=True)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

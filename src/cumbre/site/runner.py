@@ -1,0 +1,120 @@
+"""One service as one process: ``python -m cumbre.site.runner SITE ROLE``.
+
+This is one of the three places where any exception is caught: a fault of one item is logged, told to the
+bus, and the loop goes on after a pause that grows with repeated faults.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+from cumbre.core.configuration import Site
+from cumbre.core.errors import FatalError
+from cumbre.site.roles import Service, build, open_site_bus, open_site_clock
+
+log = logging.getLogger("cumbre")
+
+STEP_S = 0.5
+HEARTBEAT_S = 1.0
+MAX_PAUSE_S = 5.0
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to stop this process when the supervisor dies, however it dies."""
+    with contextlib.suppress(OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def configure_logging(name: str) -> None:
+    """Lines for a person at 3 a.m.: UTC, level, service, message."""
+    logging.Formatter.converter = time.gmtime
+    logging.basicConfig(
+        level=logging.INFO,
+        format=f"%(asctime)s.%(msecs)03dZ %(levelname)-7s {name}: %(message)s",
+        datefmt="%Y-%m-%dT%H:%M:%S",
+        stream=sys.stderr,
+    )
+    for noisy in ("distributed", "lsst", "asyncio", "bokeh", "numba"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _heartbeats(site: Site, name: str, stop: threading.Event) -> None:
+    """Publish a heartbeat each second from an own bus connection, so that long steps do not look dead."""
+    bus = open_site_bus(site, name)
+    beats = 0
+    while not stop.wait(HEARTBEAT_S):
+        beats += 1
+        with contextlib.suppress(Exception):
+            bus.publish("Service.heartbeat", {"name": name, "pid": os.getpid(), "heartbeat": beats})
+
+
+def _report(bus: object, name: str, state: int, message: str) -> None:
+    with contextlib.suppress(Exception):
+        bus.publish(  # type: ignore[attr-defined]
+            "Service.summaryState",
+            {"name": name, "summaryState": state, "pid": os.getpid(), "message": message},
+        )
+
+
+def loop(service: Service, bus: object, stop: threading.Event, name: str) -> None:
+    """Call ``step`` until told to stop."""
+    faults = 0
+    while not stop.is_set():
+        try:
+            service.step(STEP_S)
+            faults = 0
+        except FatalError:
+            raise
+        except Exception as error:
+            faults += 1
+            log.exception("step failed (%d in a row)", faults)
+            with contextlib.suppress(Exception):
+                bus.publish(  # type: ignore[attr-defined]
+                    "Service.logMessage",
+                    {"name": name, "level": 40, "message": str(error), "traceback": traceback.format_exc()},
+                )
+            stop.wait(min(0.1 * 2**faults, MAX_PAUSE_S))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one role of a site until SIGTERM."""
+    arguments = sys.argv[1:] if argv is None else argv
+    root, name = Path(arguments[0]), arguments[1]
+    die_with_parent()
+    configure_logging(name)
+    site = Site.load(root)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    bus = open_site_bus(site, name)
+    service = build(name, site, bus, open_site_clock(site))
+    log.info("started, pid %d", os.getpid())
+    _report(bus, name, 2, "enabled")
+    threading.Thread(target=_heartbeats, args=(site, name, stop), daemon=True).start()
+    code = 0
+    try:
+        loop(service, bus, stop, name)
+    except FatalError as error:
+        log.critical("%s", error)
+        _report(bus, name, 3, str(error))
+        code = 1
+    finally:
+        stop.set()
+        service.close()
+    _report(bus, name, 4 if code == 0 else 3, "stopped")
+    log.info("stopped")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

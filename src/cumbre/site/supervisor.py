@@ -1,0 +1,275 @@
+"""The supervisor: starts the database and one process a role, restarts what dies, tells who runs.
+
+State is one file, ``run/supervisor.json``, written atomically on every change; ``cumbre status`` reads it.
+Children ask the kernel to die with the supervisor, so a killed supervisor leaves nothing half-alive and a
+new one starts from durable state only.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+
+from cumbre.core.configuration import Site
+from cumbre.core.errors import ConflictError, DeadlineError
+from cumbre.site.roles import roles_of
+from cumbre.site.runner import configure_logging
+
+log = logging.getLogger("cumbre")
+
+STATE_FILE = "run/supervisor.json"
+LOCK_FILE = "run/supervisor.lock"
+DSN_FILE = "run/postgres.dsn"
+BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0)
+STOP_DEADLINE_S = 8.0
+STABLE_S = 20.0
+THREADS = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
+@dataclass
+class Child:
+    """One service process."""
+
+    name: str
+    pid: int | None = None
+    state: str = "starting"
+    restarts: int = 0
+    started_s: float = 0.0
+    next_try_s: float = 0.0
+    process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+
+    def public(self) -> dict[str, Any]:
+        """What status shows."""
+        data = asdict(self) if self.process is None else {k: getattr(self, k) for k in self.__annotations__}
+        return {key: data[key] for key in ("name", "state", "pid", "restarts")}
+
+
+class Supervisor:
+    """Keeps a site's services running until told to stop."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        for folder in ("run", "logs", "bus"):
+            (site.root / folder).mkdir(parents=True, exist_ok=True)
+        self.children = [Child(name) for name in roles_of(site)]
+        self.stopping = False
+        self._lock: IO[str] | None = None
+        self._postgres: Any = None
+
+    def acquire(self) -> None:
+        """Be the only supervisor of this site.
+
+        Raises
+        ------
+        ConflictError
+            Another one runs.
+        """
+        self._lock = (self.site.root / LOCK_FILE).open("a+")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConflictError(
+                f"{self.site.root}: the site is up already; see: cumbre status --site {self.site.root}"
+            ) from None
+
+    def start_database(self) -> None:
+        """Start or adopt the embedded server and write its DSN for the others."""
+        from cumbre.stores.postgres import EmbeddedPostgres
+
+        path = self.site.root / DSN_FILE
+        if self.site.config.database != "embedded":
+            path.write_text(self.site.config.database)
+            return
+        if self._postgres is None:
+            self._postgres = EmbeddedPostgres(self.site.root / "postgres")
+        dsn = self._postgres.start()
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(dsn)
+        temporary.replace(path)
+
+    def _spawn(self, child: Child) -> None:
+        logfile = (self.site.root / "logs" / f"{child.name}.log").open("ab")
+        child.process = subprocess.Popen(
+            [sys.executable, "-m", "cumbre.site.runner", str(self.site.root), child.name],
+            stdin=subprocess.DEVNULL,
+            stdout=logfile,
+            stderr=logfile,
+            env=os.environ | THREADS,
+        )
+        logfile.close()
+        child.pid, child.state, child.started_s = child.process.pid, "running", time.monotonic()
+        log.info("%s started, pid %d", child.name, child.pid)
+
+    def tick(self) -> bool:
+        """Look after every child once; True when something changed."""
+        changed = False
+        now = time.monotonic()
+        for child in self.children:
+            if child.process is None:
+                if now >= child.next_try_s:
+                    self._spawn(child)
+                    changed = True
+                continue
+            code = child.process.poll()
+            if code is None:
+                continue
+            lived = now - child.started_s
+            child.restarts += 1
+            pause = BACKOFF_S[0] if lived > STABLE_S else BACKOFF_S[min(child.restarts, len(BACKOFF_S)) - 1]
+            log.warning("%s (pid %s) ended with %s; again in %.1f s", child.name, child.pid, code, pause)
+            child.process, child.pid, child.state = None, None, "restarting"
+            child.next_try_s = now + pause
+            changed = True
+        return changed
+
+    def _database_alive(self) -> bool:
+        return self._postgres is None or self._postgres.dsn_if_running() is not None
+
+    def save(self) -> None:
+        """Write the state file."""
+        path = self.site.root / STATE_FILE
+        temporary = path.with_suffix(".tmp")
+        state = {
+            "pid": os.getpid(),
+            "services": [child.public() for child in self.children],
+        }
+        if self.site.config.database == "embedded":
+            state["services"].append(
+                {"name": "postgres", "state": "running", "pid": postgres_pid(self.site), "restarts": 0}
+            )
+        temporary.write_text(json.dumps(state))
+        temporary.replace(path)
+
+    def run(self) -> None:
+        """Run until SIGTERM or SIGINT, then stop everything in order."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: setattr(self, "stopping", True))
+        self.acquire()
+        self.start_database()
+        last_database_check = time.monotonic()
+        self.save()
+        while not self.stopping:
+            if self.tick():
+                self.save()
+            if time.monotonic() - last_database_check > 1.0:
+                last_database_check = time.monotonic()
+                if not self._database_alive():
+                    log.warning("the database server is gone; starting it again")
+                    self.start_database()
+                    self.save()
+            time.sleep(0.1)
+        self.shut_down()
+
+    def shut_down(self) -> None:
+        """Stop the services, last the database; kill what does not stop by itself."""
+        running = [c for c in self.children if c.process is not None]
+        for child in running:
+            assert child.process is not None
+            child.process.terminate()
+        deadline = time.monotonic() + STOP_DEADLINE_S
+        for child in running:
+            assert child.process is not None
+            try:
+                child.process.wait(max(deadline - time.monotonic(), 0.05))
+            except subprocess.TimeoutExpired:
+                log.warning("%s does not stop; killed", child.name)
+                child.process.kill()
+                child.process.wait()
+            child.process, child.pid, child.state = None, None, "stopped"
+        if self._postgres is not None:
+            self._postgres.stop()
+        (self.site.root / STATE_FILE).unlink(missing_ok=True)
+        log.info("site stopped")
+
+
+def postgres_pid(site: Site) -> int | None:
+    """Pid of the embedded server."""
+    for path in sorted((site.root / "postgres").rglob("postmaster.pid")):
+        return int(path.read_text().split()[0])
+    return None
+
+
+def read_state(site: Site) -> dict[str, Any] | None:
+    """State of a running supervisor; None when the site is down."""
+    try:
+        state: dict[str, Any] = json.loads((site.root / STATE_FILE).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return state if psutil.pid_exists(int(state["pid"])) else None
+
+
+def start_detached(site: Site, *, wait_s: float = 60.0) -> dict[str, Any]:
+    """Start a supervisor that outlives this process and wait until every service was started.
+
+    Raises
+    ------
+    ConflictError
+        The site is up already.
+    DeadlineError
+        It did not come up; the message names the log.
+    """
+    if read_state(site) is not None:
+        raise ConflictError(f"{site.root}: the site is up already; see: cumbre status --site {site.root}")
+    (site.root / "logs").mkdir(parents=True, exist_ok=True)
+    path = site.root / "logs" / "supervisor.log"
+    with path.open("ab") as logfile:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cumbre.site.supervisor", str(site.root)],
+            stdin=subprocess.DEVNULL,
+            stdout=logfile,
+            stderr=logfile,
+            start_new_session=True,
+            env=os.environ | THREADS,
+        )
+    deadline = time.monotonic() + wait_s
+    while time.monotonic() < deadline:
+        state = read_state(site)
+        if state is not None and all(s["state"] == "running" for s in state["services"]):
+            return state
+        if process.poll() is not None:
+            break
+        time.sleep(0.1)
+    tail = "\n".join(path.read_text(errors="replace").splitlines()[-8:])
+    raise DeadlineError(f"{site.root}: the services did not come up; the end of {path}:\n{tail}")
+
+
+def stop_site(site: Site, *, wait_s: float = 30.0) -> bool:
+    """Stop a site's supervisor and wait for its end; False when it was not running."""
+    state = read_state(site)
+    if state is None:
+        return False
+    pid = int(state["pid"])
+    os.kill(pid, signal.SIGTERM)
+    try:
+        psutil.Process(pid).wait(wait_s)
+    except psutil.NoSuchProcess:
+        pass
+    except psutil.TimeoutExpired:
+        raise DeadlineError(f"{site.root}: supervisor {pid} did not stop within {wait_s:.0f} s") from None
+    return True
+
+
+def main() -> int:
+    """``python -m cumbre.site.supervisor SITE``."""
+    configure_logging("supervisor")
+    try:
+        Supervisor(Site.load(Path(sys.argv[1]))).run()
+    except Exception as error:
+        log.critical("%s", error, exc_info=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
