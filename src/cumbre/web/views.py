@@ -1,0 +1,103 @@
+"""What the pages show, as plain data: each function's result is also the page's JSON."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from cumbre.core.time import Clock, day_obs_from_tai, isot, mjd_from_seconds, utc_from_tai
+
+if TYPE_CHECKING:
+    from cumbre.stores.postgres import Database
+
+HOPS = (
+    "exposed", "read_out", "header", "written", "buffered", "at_base", "base_tape", "sent", "at_archive",
+    "archive_tape", "ingested_oods", "ingested_embargo", "preloaded", "processed", "alerted",
+)  # fmt: skip
+
+
+def times(tai_s: float) -> dict[str, Any]:
+    """One instant in every form that people ask for."""
+    return {
+        "tai": isot(tai_s),
+        "utc": isot(utc_from_tai(tai_s)) + "Z",
+        "mjd_tai": round(mjd_from_seconds(tai_s), 8),
+        "day_obs": day_obs_from_tai(tai_s),
+    }
+
+
+def flow(db: Database, clock: Clock) -> dict[str, Any]:
+    """Each hop from shutter to alert: how many detector images passed, lag behind the shutter, backlog.
+
+    Lag is the median of the hop's time minus the end of read-out over the last 40 detector images, in night
+    seconds. Backlog counts detector images read out that have not passed the hop.
+    """
+    rows = db.query(
+        """
+        WITH read AS (SELECT obs_id, detector, hop_tai FROM ledger.hop
+                      WHERE hop = 'read_out' AND outcome = 'ok' AND detector >= 0),
+             passed AS (SELECT h.hop, h.obs_id, h.detector, min(h.hop_tai) AS hop_tai,
+                               min(h.hop_tai) - min(r.hop_tai) AS lag
+                        FROM ledger.hop h JOIN read r USING (obs_id, detector)
+                        GROUP BY h.hop, h.obs_id, h.detector),
+             ranked AS (SELECT *, row_number() OVER (PARTITION BY hop ORDER BY hop_tai DESC) AS n FROM passed)
+        SELECT hop, count(*) AS count, (SELECT count(*) FROM read) - count(*) AS backlog,
+               percentile_cont(0.5) WITHIN GROUP (ORDER BY lag) FILTER (WHERE n <= 40) AS lag_s,
+               max(hop_tai) AS last_tai
+        FROM ranked GROUP BY hop
+        """,
+        (),
+    )
+    by_name = {row["hop"]: row for row in rows}
+    failures = db.query(
+        "SELECT hop, outcome, count(*) AS count FROM ledger.hop WHERE outcome <> 'ok' GROUP BY hop, outcome", ()
+    )
+    return {
+        "now": times(clock.now_tai_s()),
+        "hops": [
+            {
+                "hop": hop,
+                "count": int(by_name[hop]["count"]) if hop in by_name else 0,
+                "lag_s": None if hop not in by_name else _round(by_name[hop]["lag_s"]),
+                "backlog": int(by_name[hop]["backlog"]) if hop in by_name else None,
+                "last_utc": isot(utc_from_tai(by_name[hop]["last_tai"])) + "Z" if hop in by_name else None,
+                "failures": {f["outcome"]: int(f["count"]) for f in failures if f["hop"] == hop},
+            }
+            for hop in HOPS
+        ],
+    }
+
+
+def _round(value: float | None) -> float | None:
+    return None if value is None else round(float(value), 2)
+
+
+def exposures(db: Database, limit: int = 200) -> list[dict[str, Any]]:
+    """The newest images: identity, target, and how far their detectors have come."""
+    return db.query(
+        """
+        SELECT i.obs_id, i.instrument, i.day_obs, i.seq_num, i.band, i.image_type, i.exposure_s,
+               count(DISTINCT h.detector) FILTER (WHERE h.hop = 'read_out') AS read_out,
+               count(DISTINCT h.detector) FILTER (WHERE h.hop = 'at_base' AND outcome = 'ok') AS at_base,
+               count(DISTINCT h.detector) FILTER (WHERE h.hop = 'at_archive' AND outcome = 'ok') AS at_archive,
+               count(DISTINCT h.detector) FILTER (WHERE h.hop = 'processed') AS processed,
+               count(DISTINCT h.detector) FILTER (WHERE h.outcome <> 'ok') AS failed
+        FROM ledger.image i LEFT JOIN ledger.hop h ON h.obs_id = i.obs_id AND h.detector >= 0
+        GROUP BY i.obs_id ORDER BY i.day_obs DESC, i.seq_num DESC LIMIT %s
+        """,
+        (limit,),
+    )
+
+
+def exposure(db: Database, obs_id: str) -> dict[str, Any] | None:
+    """One image: every hop of every detector in order of time."""
+    image = db.query("SELECT * FROM ledger.image WHERE obs_id = %s", (obs_id,))
+    if not image:
+        return None
+    hops = db.query(
+        "SELECT detector, hop, outcome, place, byte_size, checksum, message, hop_tai, attempt FROM ledger.hop"
+        " WHERE obs_id = %s ORDER BY detector, hop_tai",
+        (obs_id,),
+    )
+    for hop in hops:
+        hop["hop_utc"] = isot(utc_from_tai(hop["hop_tai"])) + "Z"
+    return {"image": image[0], "hops": hops}
