@@ -1,0 +1,287 @@
+"""One simulated night: start the services, let them observe, cause the faults asked for, wait for the end.
+
+The night is over when every image that the camera took is verified at both sites, on both tapes, ingested and
+processed, or when the deadline has passed; what is missing then is told by the report, never hidden.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cumbre.core.configuration import Site
+from cumbre.core.errors import CumbreError, DeadlineError, UserError
+from cumbre.core.instrument import load_instrument
+from cumbre.core.time import Clock, parse_isot, tai_from_utc
+from cumbre.site.roles import open_site_bus, open_site_clock, roles_of, site_database
+from cumbre.site.supervisor import read_state
+
+if TYPE_CHECKING:
+    from cumbre.stores.postgres import Database
+
+log = logging.getLogger("cumbre")
+
+CONTROL_FILE = "night.json"
+DONE_FILE = "observatory/night_done.json"
+FINAL_HOPS = ("at_base", "base_tape", "at_archive", "archive_tape", "ingested_oods", "ingested_embargo", "processed")
+READY_DEADLINE_S = 90.0
+OUTAGE_S = 5.0
+
+Progress = Callable[["NightState"], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing that goes wrong: ``kill:writer``, ``down:base-archive``, at a part of the night in [0, 1]."""
+
+    kind: str
+    target: str
+    at: float
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.target}@{self.at:.2f}"
+
+
+@dataclass(slots=True)
+class NightState:
+    """What the terminal shows."""
+
+    visits: int
+    taken: int = 0
+    hops: dict[str, int] = field(default_factory=dict)
+    expected: int = 0
+    alerts: int = 0
+    lag_s: float | None = None
+    message: str = ""
+    faults: list[str] = field(default_factory=list)
+
+
+def parse_faults(text: str, site: Site, seed: int) -> list[Fault]:
+    """Read ``kill:writer@0.4,down:base-archive,random``; without ``@`` the moment is drawn from the seed.
+
+    Raises
+    ------
+    UserError
+        An unknown fault or target; the message lists what there is.
+    """
+    roles = roles_of(site)
+    links = [f"{link.source}-{link.target}" for link in site.config.links]
+    chance = random.Random(seed)
+    out = []
+    for word in filter(None, (part.strip() for part in text.split(","))):
+        if word == "random":
+            for _ in range(3):
+                out.append(Fault("kill", chance.choice(roles), chance.uniform(0.15, 0.85)))
+            out.append(Fault("down", chance.choice(links), chance.uniform(0.2, 0.8)))
+            continue
+        kind, _, rest = word.partition(":")
+        target, _, moment = rest.partition("@")
+        known = {"kill": [*roles, "postgres", "worker"], "down": links}.get(kind)
+        if known is None or target not in known:
+            raise UserError(
+                f"fault {word!r}: expected random, kill:SERVICE or down:LINK, optionally @0.0 to @1.0; "
+                f"services: {', '.join(roles)}, postgres, worker; links: {', '.join(links)}"
+            )
+        try:
+            at = float(moment) if moment else chance.uniform(0.2, 0.8)
+        except ValueError:
+            raise UserError(f"fault {word!r}: after @ expected a number from 0 to 1") from None
+        out.append(Fault(kind, target, at))
+    return sorted(out, key=lambda fault: fault.at)
+
+
+def set_clock(site: Site) -> Clock:
+    """Start the site's fast clock at the configured start of the night, or let a running one go on."""
+    simulator = site.config.simulator
+    if simulator is None:
+        return Clock.real()
+    clock = Clock.starting_at(tai_from_utc(parse_isot(simulator.start)), rate=simulator.rate)
+    clock.save(site.clock_path)
+    return clock
+
+
+def wait_ready(site: Site) -> None:
+    """Wait until every role has said that it is enabled.
+
+    Raises
+    ------
+    DeadlineError
+        Names the roles that did not, and their logs.
+    """
+    bus = open_site_bus(site, "night")
+    waiting = set(roles_of(site))
+    subscription = bus.subscribe(["Service.summaryState"], start="earliest")
+    since = time.monotonic()
+    while waiting:
+        for message in subscription.poll(timeout_s=0.2):
+            if message.fields["summaryState"] == 2:
+                waiting.discard(message.fields["name"])
+        if time.monotonic() - since > READY_DEADLINE_S:
+            logs = ", ".join(str(site.root / "logs" / f"{name}.log") for name in sorted(waiting))
+            raise DeadlineError(f"not ready after {READY_DEADLINE_S:.0f} s: {', '.join(sorted(waiting))}; see {logs}")
+
+
+def begin(site: Site, visits: int) -> None:
+    """Tell the scheduler to observe."""
+    path = site.root / CONTROL_FILE
+    (site.root / DONE_FILE).unlink(missing_ok=True)
+    clock = open_site_clock(site)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(
+        json.dumps({"visits": visits, "state": "running", "start_tai": clock.now_tai_s()})
+    )
+    temporary.replace(path)
+
+
+def cause(site: Site, fault: Fault) -> str:
+    """Make one fault happen; returns what was done."""
+    if fault.kind == "down":
+        path = site.root / "run" / f"link-{fault.target}.json"
+        temporary = path.with_suffix(".night.tmp")
+        temporary.write_text(json.dumps({"down": True}))
+        temporary.replace(path)
+        return f"link {fault.target} down for {OUTAGE_S:.0f} s"
+    if fault.target == "worker":
+        pid = _worker_pid(site)
+    else:
+        state = read_state(site) or {"services": []}
+        pid = next((s["pid"] for s in state["services"] if s["name"] == fault.target), None)
+    if not pid:
+        return f"{fault.target} was not running"
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(int(pid), signal.SIGKILL)
+    return f"killed {fault.target} (pid {pid})"
+
+
+def _worker_pid(site: Site) -> int | None:
+    """Pid of one prompt worker: a grandchild of the prompt service (below its nanny)."""
+    import psutil
+
+    state = read_state(site) or {"services": []}
+    prompt = next((s["pid"] for s in state["services"] if s["name"] == "prompt"), None)
+    if not prompt:
+        return None
+    with contextlib.suppress(psutil.NoSuchProcess):
+        children = psutil.Process(int(prompt)).children(recursive=True)
+        busy = [p for p in children if p.memory_info().rss > 80e6]
+        return busy[-1].pid if busy else None
+    return None
+
+
+def _restore(site: Site, target: str) -> None:
+    path = site.root / "run" / f"link-{target}.json"
+    temporary = path.with_suffix(".night.tmp")
+    temporary.write_text(json.dumps({"down": False}))
+    temporary.replace(path)
+
+
+def daq_images(site: Site) -> list[str]:
+    """obs_ids of all images that the camera has taken: those whose read-out is complete in its own store."""
+    return sorted(path.parent.name for path in (site.root / "summit" / "daq").glob("*/exposure.json"))
+
+
+def observe_state(db: Database, site: Site, state: NightState) -> None:
+    """Fill the counts from the ledger and the camera's store."""
+    state.taken = len(daq_images(site))
+    rows = db.query(
+        "SELECT hop, count(DISTINCT (obs_id, detector)) AS n FROM ledger.hop"
+        " WHERE detector >= 0 AND outcome = 'ok' GROUP BY hop", ()
+    )  # fmt: skip
+    state.hops = {row["hop"]: int(row["n"]) for row in rows}
+    done = db.query(
+        "SELECT count(DISTINCT (obs_id, detector)) AS n FROM ledger.hop WHERE detector >= 0 AND hop = 'processed'", ()
+    )
+    state.hops["processed"] = int(done[0]["n"])
+    alerts = db.query("SELECT count(*) AS n FROM level1.alert_outbox WHERE sent_tai IS NOT NULL", ())
+    state.alerts = int(alerts[0]["n"])
+    lag = db.query(
+        "SELECT percentile_cont(0.5) WITHIN GROUP (ORDER BY p.hop_tai - r.hop_tai) AS lag"
+        " FROM ledger.hop p JOIN ledger.hop r USING (obs_id, detector)"
+        " WHERE p.hop = 'processed' AND r.hop = 'read_out' AND p.detector >= 0", ()
+    )  # fmt: skip
+    state.lag_s = None if lag[0]["lag"] is None else float(lag[0]["lag"])
+
+
+def watch(site: Site, visits: int, faults: list[Fault], show: Progress) -> NightState:
+    """Follow the night to its end, causing faults on the way.
+
+    Raises
+    ------
+    DeadlineError
+        Nothing moved for long.
+    """
+    clock = open_site_clock(site)
+    config = site.config
+    detectors = sum(len(load_instrument(name).detectors) for name in config.instruments[:1])
+    state = NightState(visits=visits, expected=visits * detectors)
+    db = site_database(site)
+    pending, outages = list(faults), list[tuple[float, str]]()
+    # Long enough for every visit at the slowest cadence, real seconds, with room for faults.
+    limit_s = clock.wall_s(visits * (config.scheduler.cadence_s * 3 + 60) + 600) + 120
+    started = moved = time.monotonic()
+    last: Any = None
+    while True:
+        now = time.monotonic()
+        with contextlib.suppress(CumbreError, OSError):
+            observe_state(db, site, state)
+        while pending and state.taken >= pending[0].at * visits:
+            fault = pending.pop(0)
+            state.message = cause(site, fault)
+            state.faults.append(state.message)
+            if fault.kind == "down":
+                outages.append((now + OUTAGE_S, fault.target))
+        for item in [o for o in outages if o[0] <= now]:
+            outages.remove(item)
+            _restore(site, item[1])
+        show(state)
+        seen = (state.taken, tuple(sorted(state.hops.items())), state.alerts)
+        if seen != last:
+            last, moved = seen, now
+        finished = (site.root / DONE_FILE).exists() and not outages
+        if finished and all(state.hops.get(hop, 0) >= state.taken * detectors for hop in FINAL_HOPS):
+            _wait_outbox(db)
+            observe_state(db, site, state)
+            return state
+        if now - started > limit_s or (now - moved > 60 and finished):
+            log.warning("the night did not complete; the report says what is missing")
+            return state
+        time.sleep(0.4)
+
+
+def _wait_outbox(db: Database) -> None:
+    """Let the relay send what is stored."""
+    deadline = time.monotonic() + 15
+    while time.monotonic() < deadline:
+        if db.query("SELECT count(*) AS n FROM level1.alert_outbox WHERE sent_tai IS NULL", ())[0]["n"] == 0:
+            return
+        time.sleep(0.1)
+
+
+def demonstration_folder(root: Path) -> Path:
+    """Remove a former simulated site, and nothing else.
+
+    Raises
+    ------
+    UserError
+        The folder holds something that is not a simulated site.
+    """
+    import shutil
+
+    if not root.exists() or not any(root.iterdir()):
+        return root
+    if not (root / "site.yaml").exists() or Site.load(root).config.simulator is None:
+        raise UserError(f"{root}: holds something that is not a simulated site; it is left alone. Use --site DIR")
+    from cumbre.site.supervisor import stop_site
+
+    stop_site(Site.load(root))
+    shutil.rmtree(root)
+    return root
