@@ -54,7 +54,7 @@ retention:
 SIMULATOR = """\
 simulator:                  # delete this block at a real observatory
   seed: {seed}
-  start: {start}
+  start: "{start}"
   rate: {rate}
 """
 
