@@ -132,23 +132,38 @@ class Filter(_Model):
 
 
 class HeaderField(_Model):
-    """Where one quantity comes from in a foreign header, and how it is repaired."""
+    """Where one quantity comes from in a header, and how it is repaired (:mod:`cumbre.core.header`)."""
 
     keywords: tuple[str, ...] = ()
     """Tried in turn; the first present and not empty is taken. ``EXT/KEY`` looks into an extension."""
+    join: str | None = None
+    """When given, the values of all keywords are taken, mapped one by one and joined with this text."""
+    pattern: str = ""
+    """Regular expression; its first group is what is meant (``[0-9]+`` of a longer text)."""
     constant: Any = None
     """Used when no keyword is there."""
+    absent: tuple[str, ...] = ()
+    """Values that mean "not known" in this header, as text (``-1``, ``NotSet``)."""
     unit: str = ""
-    """Unit of the value in the header (``deg``, ``hourangle``, ``s``, ``ms``, ``day``…)."""
+    """Unit of the value in the header (``deg``, ``hourangle``, ``rad``, ``s``, ``ms``, ``min``, ``day``…)."""
     scale: float = 1.0
     offset: float = 0.0
-    time_scale: Literal["utc", "tai", "mjd_utc", "mjd_tai", "local", ""] = ""
-    """For times: what the header's number or text means."""
+    time_scale: Literal["utc", "tai", "mjd_utc", "mjd_tai", "jd_utc", "unix", "local", "timesys", ""] = ""
+    """For times: what the header's number or text means; ``timesys`` follows TIMESYS (absent = UTC)."""
     utc_offset_h: float = 0.0
     """For ``local`` times: local minus UTC in hours."""
+    not_after: str = ""
+    """For times: keyword (UTC) of a later step, e.g. the file's creation. A value after it was copied from
+    another frame; the keyword's time is taken instead and the repair is listed."""
     mapping: dict[str, str] = Field(default_factory=dict)
-    """Value in the header → our word (filters, image types)."""
+    """Value in the header → our word (filters, image types). Case does not matter, ``*`` and ``?`` match."""
+    lower: bool = False
+    """Turn a text into lower case."""
     required: bool = False
+    warning: str = ""
+    """Listed among the problems whenever the value is used: why it must not be believed."""
+    otherwise: HeaderField | None = None
+    """Rule to use when this one finds nothing, e.g. another keyword with another time scale."""
 
 
 class Instrument(_Model):

@@ -11,7 +11,9 @@ In a description file, ``detectors`` may be a list, and each item may say ``type
         grid: {columns: 4, rows: 2, prescan: 4, overscan: 32, gain: 1.5, read_noise: 6, saturation: 55000,
                bias_level: 1000, linearity: [-1.0e-7], crosstalk: 1.0e-4}
 
-``mosaics`` lists rafts of detectors: see :func:`_mosaic`.
+Of a grid's amplifiers, row 0 (``C0x``) is the lower one. ``flip_x`` and ``flip_y`` may be one value or one
+for each row; ``order`` lists the amplifiers' names in the order of the file's HDUs; ``first_row: 1`` names a
+single row ``C1x``. ``mosaics`` lists rafts of detectors: see :func:`_mosaic`.
 """
 
 from __future__ import annotations
@@ -19,6 +21,11 @@ from __future__ import annotations
 from typing import Any
 
 from cumbre.core.errors import ConfigurationError
+
+
+def _by_row(value: Any, rows: int) -> list[bool]:
+    """One flag for each row of a grid."""
+    return list(value) if isinstance(value, list) else [bool(value)] * rows
 
 
 def _grid(kind: dict[str, Any], where: str) -> dict[str, Any]:
@@ -30,6 +37,11 @@ def _grid(kind: dict[str, Any], where: str) -> dict[str, Any]:
     parallel = int(grid.pop("parallel_overscan", 0))
     coupling = float(grid.pop("crosstalk", 0.0))
     names = grid.pop("names", None)
+    first_row = int(grid.pop("first_row", 0))
+    order = grid.pop("order", None)
+    flip_x = _by_row(grid.pop("flip_x", False), rows)
+    # By default the upper half is read upwards and the lower half downwards.
+    flip_y = _by_row(grid.pop("flip_y", [*[False] * (rows - 1), rows > 1]), rows)
     if nx % columns or ny % rows:
         raise ConfigurationError(f"{where}: grid {columns} x {rows} does not divide {nx} x {ny} pixels")
     width, height = nx // columns, ny // rows
@@ -38,12 +50,13 @@ def _grid(kind: dict[str, Any], where: str) -> dict[str, Any]:
         for column in range(columns):
             index = len(amplifiers)
             # Segment names as the LSST sensors have them: C1x is the upper row, C0x the lower one.
-            name = names[index] if names else f"C{row}{column}"
+            name = names[index] if names else f"C{row + first_row}{column}"
             item = {
                 "name": name,
                 "detector_box": [column * width, (column + 1) * width, row * height, (row + 1) * height],
                 "raw_box": [prescan, prescan + width, 0, height],
-                "flip_y": row == rows - 1 and rows > 1,
+                "flip_x": flip_x[row],
+                "flip_y": flip_y[row],
                 "hdu": f"Segment{name.removeprefix('C')}",
             }
             if overscan:
@@ -55,6 +68,13 @@ def _grid(kind: dict[str, Any], where: str) -> dict[str, Any]:
             for key, value in grid.items():
                 item[key] = value[index] if key != "linearity" and isinstance(value, list) else value
             amplifiers.append(item)
+    if order is not None:
+        by_name = {item["name"]: item for item in amplifiers}
+        if sorted(order) != sorted(by_name):
+            raise ConfigurationError(
+                f"{where}: grid.order must name each of {', '.join(sorted(by_name))} once"
+            )
+        amplifiers = [by_name[name] for name in order]
     out = {key: value for key, value in kind.items() if key != "grid"}
     out["amplifiers"] = amplifiers
     if coupling:
@@ -113,5 +133,5 @@ def expand(data: dict[str, Any], where: str) -> dict[str, Any]:
         if "grid" in item:
             item = _grid(item, where)
         expanded.append(item)
-    out["detectors"] = expanded
+    out["detectors"] = sorted(expanded, key=lambda item: item.get("id", 0))
     return out
