@@ -1,0 +1,358 @@
+"""The embedded bus: a durable log in one SQLite file, written and read by several processes.
+
+Writers append in one transaction each (WAL: readers never wait for writers nor writers for readers). Readers
+look at ``PRAGMA data_version``, a counter in shared memory, every 2 to 25 ms: often after a message, seldom in
+silence; readers in the writer's own process are woken at once. See docs/decisions/0002-bus.md.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cumbre.bus.base import Bus, Outgoing, Start, Subscription
+from cumbre.bus.messages import Message
+from cumbre.bus.topics import Topic, TopicCatalog
+from cumbre.core.errors import FatalError, TransientError, UserError
+from cumbre.core.time import Clock
+
+BUSY_TIMEOUT_S = 30.0
+POLL_MIN_S, POLL_MAX_S = 0.002, 0.025
+REPLAY_CHUNK = 1000
+T = TypeVar("T")
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS log (
+    offset INTEGER PRIMARY KEY AUTOINCREMENT, topic TEXT NOT NULL, kind TEXT NOT NULL, idx INTEGER NOT NULL,
+    key TEXT NOT NULL, snd_tai REAL NOT NULL, snd_utc REAL NOT NULL, seq_num INTEGER NOT NULL,
+    identity TEXT NOT NULL, origin INTEGER NOT NULL, fields TEXT NOT NULL, payload BLOB);
+CREATE TABLE IF NOT EXISTS last (
+    topic TEXT NOT NULL, idx INTEGER NOT NULL, key TEXT NOT NULL, offset INTEGER NOT NULL,
+    PRIMARY KEY (topic, idx, key)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS consumers (
+    name TEXT NOT NULL, topic TEXT NOT NULL, offset INTEGER NOT NULL, last_pending INTEGER NOT NULL,
+    PRIMARY KEY (name, topic)) WITHOUT ROWID;
+"""
+_COLUMNS = "offset, topic, kind, idx, key, snd_tai, snd_utc, seq_num, identity, origin, fields, payload"
+_INSERT = (
+    "INSERT INTO log (topic, kind, idx, key, snd_tai, snd_utc, seq_num, identity, origin, fields, payload)"
+    " VALUES (?,?,?,?,?,?,?,?,?,?,?)"
+)
+_LAST = (
+    "INSERT INTO last VALUES (?,?,?,?) ON CONFLICT (topic, idx, key) DO UPDATE SET offset = excluded.offset"
+)
+_COMMIT = (
+    "INSERT INTO consumers VALUES (?,?,?,?) ON CONFLICT (name, topic) DO UPDATE"
+    " SET offset = max(offset, excluded.offset), last_pending = min(last_pending, excluded.last_pending)"
+)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    try:
+        db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+        # WAL needs the write lock once, for the very first opener; a busy moment there is worth a second try
+        for attempt in range(50):
+            try:
+                db.execute("PRAGMA journal_mode=WAL")
+                break
+            except sqlite3.OperationalError:
+                if attempt == 49:
+                    raise
+                time.sleep(0.02)
+        db.execute("PRAGMA synchronous=NORMAL")
+    except sqlite3.Error as error:
+        raise FatalError(f"bus {path}: cannot open: {error}; expected a writable folder") from error
+    return db
+
+
+def _marks(values: Iterable[Any]) -> str:
+    return ",".join("?" for _ in values)
+
+
+def _encode(fields: dict[str, Any]) -> str:
+    return json.dumps(fields, separators=(",", ":"), default=lambda raw: base64.b64encode(raw).decode())
+
+
+def _decode(topic: Topic, text: str) -> dict[str, Any]:
+    fields: dict[str, Any] = json.loads(text)
+    for name, field in topic.fields.items():
+        if field.scalar == "bytes" and name in fields:
+            raw = fields[name]
+            fields[name] = [base64.b64decode(one) for one in raw] if field.is_list else base64.b64decode(raw)
+    return fields
+
+
+class SqliteBus(Bus):
+    """Bus in one SQLite file; any number of processes of one machine.
+
+    Parameters
+    ----------
+    path
+        The file; it and its folder are made when missing. It must be on a local disk (WAL uses shared memory).
+    """
+
+    def __init__(
+        self, path: Path, *, identity: str, clock: Clock | None = None, topics: TopicCatalog | None = None
+    ) -> None:
+        super().__init__(identity=identity, clock=clock, topics=topics)
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._db = _connect(path)
+        self._lock = threading.Lock()
+        self._published = threading.Condition()
+        self._serial = 0
+        with self._writing() as db:
+            for statement in _SCHEMA.split(";"):
+                db.execute(statement)
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """One write transaction; the lock makes the connection safe among threads."""
+        with self._lock:
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield self._db
+                    self._db.execute("COMMIT")
+                except BaseException:
+                    if self._db.in_transaction:
+                        self._db.execute("ROLLBACK")
+                    raise
+            except sqlite3.OperationalError as error:
+                raise TransientError(f"bus {self.path}: {error}; disk full or locked? try again") from error
+
+    def _rows(self, query: str, values: Iterable[Any] = ()) -> list[Any]:
+        with self._lock:
+            return self._db.execute(query, tuple(values)).fetchall()
+
+    def _append(self, messages: list[Outgoing]) -> list[int]:
+        rows = [
+            (m.topic.name, m.topic.kind, m.index, m.key, m.snd_tai, m.snd_utc, m.seq_num, m.identity, m.origin,
+             _encode(m.fields), m.payload or None)
+            for m in messages
+        ]  # fmt: skip
+        offsets = []
+        with self._writing() as db:
+            for message, row in zip(messages, rows, strict=True):
+                offset = db.execute(_INSERT, row).lastrowid
+                assert offset is not None
+                offsets.append(offset)
+                if message.topic.kind == "event":
+                    # without last_by there is one last value an index, whatever the key
+                    key = message.key if message.topic.last_by else ""
+                    db.execute(_LAST, (message.topic.name, message.index, key, offset))
+        with self._published:
+            self._serial += 1
+            self._published.notify_all()
+        return offsets
+
+    def _message(self, row: Any) -> Message | None:
+        """Message of a row; None for topics that this version does not know."""
+        offset, name, kind, index, key, snd_tai, snd_utc, seq_num, identity, origin, fields, payload = row
+        if name not in self.topics:
+            self.unknown_fields[name, ""] += 1
+            return None
+        topic = self.topics[name]
+        known = self._known_fields(topic, _decode(topic, fields))
+        return Message(
+            name, kind, index, known, snd_tai, snd_utc, seq_num, identity, origin, offset, payload or b"", key
+        )
+
+    def latest(self, topic: str, index: int = 0, key: str | None = None) -> Message | None:
+        """Last value of an event; see :meth:`Bus.latest`."""
+        self._event(topic)
+        rows = self._rows(
+            f"SELECT {_COLUMNS} FROM log WHERE offset = (SELECT max(offset) FROM last"  # noqa: S608
+            " WHERE topic = ? AND idx = ? AND key = coalesce(?, key))",
+            (topic, index, key),
+        )
+        return self._message(rows[0]) if rows else None
+
+    def latest_all(self, topic: str) -> list[Message]:
+        """Last values of an event for every index and ``last_by`` key, oldest first."""
+        self._event(topic)
+        rows = self._rows(
+            f"SELECT {_COLUMNS} FROM log WHERE offset IN (SELECT offset FROM last WHERE topic = ?)"  # noqa: S608
+            " ORDER BY offset",
+            (topic,),
+        )
+        return [message for row in rows if (message := self._message(row))]
+
+    def subscribe(
+        self, topics: Iterable[str], start: Start = "latest", consumer: str | None = None
+    ) -> Subscription:
+        """Start to read; see :meth:`Bus.subscribe`."""
+        if not isinstance(start, int) and start not in ("latest", "now", "earliest"):
+            raise UserError(f"subscribe: start = {start!r}: expected latest, now, earliest or an offset")
+        return _SqliteSubscription(self, self._known_topics(topics), start, consumer)
+
+    def replay(
+        self,
+        topics: Iterable[str] | None = None,
+        start_offset: int = 0,
+        since_tai: float | None = None,
+        until_tai: float | None = None,
+    ) -> Iterator[Message]:
+        """Everything stored up to now, in order; see :meth:`Bus.replay`."""
+        names = None if topics is None else [topic.name for topic in self._known_topics(topics)]
+        end = self._end()
+        where = "offset >= ? AND offset <= ? AND snd_tai >= ? AND snd_tai < ?"
+        if names is not None:
+            where += f" AND topic IN ({_marks(names)})"
+        since, until = (
+            (-1e300 if since_tai is None else since_tai),
+            (1e300 if until_tai is None else until_tai),
+        )
+        offset = start_offset or 0
+        while True:
+            rows = self._rows(
+                f"SELECT {_COLUMNS} FROM log WHERE {where} ORDER BY offset LIMIT {REPLAY_CHUNK}",  # noqa: S608
+                (offset, end, since, until, *(names or ())),
+            )
+            yield from (message for row in rows if (message := self._message(row)))
+            if len(rows) < REPLAY_CHUNK:
+                return
+            offset = rows[-1][0] + 1
+
+    def prune(self, older_than_tai: float) -> int:
+        """Forget telemetry sent before; gives how many."""
+        with self._writing() as db:
+            return db.execute(
+                "DELETE FROM log WHERE kind = 'telemetry' AND snd_tai < ?", (older_than_tai,)
+            ).rowcount
+
+    def _end(self) -> int:
+        # not max(offset): pruning may take the last rows away
+        rows = self._rows("SELECT seq FROM sqlite_sequence WHERE name = 'log'")
+        return int(rows[0][0]) if rows else 0
+
+    def _wait(self, seen: Callable[[], bool], deadline: float) -> None:
+        """Sleep until ``seen`` or the deadline: woken at once by this process, by looking for the others."""
+        pause = POLL_MIN_S
+        while not seen() and (left := deadline - time.monotonic()) > 0:
+            with self._published:
+                serial = self._serial
+                self._published.wait_for(lambda: self._serial != serial, min(pause, left))
+            pause = min(pause * 1.3, POLL_MAX_S)
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._db.close()
+
+
+class _SqliteSubscription(Subscription):
+    """Reader with a connection of its own, so that waiting readers and writers never share a lock."""
+
+    def __init__(self, bus: SqliteBus, topics: list[Topic], start: Start, consumer: str | None) -> None:
+        self._bus = bus
+        self._names = [topic.name for topic in topics]
+        self._consumer = consumer
+        self._db = _connect(bus.path)
+        self._version: int | None = None
+        self._returned = 0
+        self._floors: dict[str, int] = {}
+        self._backlog: list[Any] = []
+        with bus._writing() as db:
+            end = db.execute(
+                "SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name='log'), 0)"
+            ).fetchone()[0]
+            stored: dict[str, tuple[int, int]] = {}
+            if consumer is not None:
+                query = "SELECT topic, offset, last_pending FROM consumers WHERE name = ?"
+                stored = {name: (offset, pending) for name, offset, pending in db.execute(query, (consumer,))}
+            fresh = {"latest": end, "now": end, "earliest": 0}.get(str(start), 0)
+            if isinstance(start, int):
+                fresh = start - 1
+            pending = []
+            for topic in topics:
+                floor, waiting = stored.get(
+                    topic.name, (fresh, int(start == "latest" and topic.kind == "event"))
+                )
+                self._floors[topic.name] = floor
+                if waiting:
+                    # last values as of the first subscription; newer ones come as ordinary messages
+                    pending.append((topic.name, floor))
+                if consumer is not None:
+                    # written at once: a crash before the first commit must not move the start
+                    db.execute(_COMMIT, (consumer, topic.name, floor, waiting))
+            for name, floor in pending:
+                self._backlog += db.execute(
+                    f"SELECT {_COLUMNS} FROM log WHERE offset IN"  # noqa: S608
+                    " (SELECT offset FROM last WHERE topic = ? AND offset <= ?)",
+                    (name, floor),
+                ).fetchall()
+        self._backlog.sort(key=lambda row: row[0])
+        self._backlog_end = self._backlog[-1][0] if self._backlog else 0
+        self._position = min(self._floors.values())
+
+    def _changed(self) -> bool:
+        version = self._db.execute("PRAGMA data_version").fetchone()[0]
+        if version == self._version:
+            return False
+        self._version = version
+        return True
+
+    def _fetch(self, limit: int) -> list[Any]:
+        if self._backlog:
+            taken, self._backlog = self._backlog[:limit], self._backlog[limit:]
+            return taken
+        # one read transaction: what is beyond the last row found is known not to be ours
+        self._db.execute("BEGIN")
+        try:
+            end = self._db.execute("SELECT coalesce(max(offset), 0) FROM log").fetchone()[0]
+            rows = self._db.execute(
+                f"SELECT {_COLUMNS} FROM log WHERE offset > ? AND +topic IN ({_marks(self._names)})"  # noqa: S608
+                " ORDER BY offset LIMIT ?",
+                (self._position, *self._names, limit),
+            ).fetchall()
+        finally:
+            self._db.execute("COMMIT")
+        self._position = rows[-1][0] if len(rows) == limit else max(end, self._position)
+        return [row for row in rows if row[0] > self._floors[row[1]]]
+
+    def poll(self, timeout_s: float = 0.0, limit: int = 500) -> list[Message]:
+        """Next messages; see :meth:`Subscription.poll`."""
+        deadline = time.monotonic() + timeout_s
+        full = True
+        while True:
+            # a full page may have more behind it although nothing changed
+            if full or self._changed():
+                self._changed()
+                before = self._position
+                rows = self._fetch(limit)
+                messages = [message for row in rows if (message := self._bus._message(row))]
+                if messages:
+                    self._returned = messages[-1].offset
+                    return messages
+                full = self._position != before
+                continue
+            if time.monotonic() >= deadline:
+                return []
+            self._bus._wait(lambda: self._peek(), deadline)
+
+    def _peek(self) -> bool:
+        return bool(self._db.execute("PRAGMA data_version").fetchone()[0] != self._version)
+
+    def commit(self, message: Message | None = None) -> None:
+        """What was returned (up to ``message``) is done; see :meth:`Subscription.commit`."""
+        done = self._returned if message is None else message.offset
+        if self._consumer is None:
+            return
+        waiting = int(done < self._backlog_end)
+        if message is None and not self._backlog and not waiting:
+            done = max(done, self._position)  # others' messages behind the last of ours need no second look
+        with self._bus._writing() as db:
+            for name in self._names:
+                db.execute(_COMMIT, (self._consumer, name, done, waiting))
+
+    def close(self) -> None:
+        """Close the reader's connection."""
+        self._db.close()
