@@ -29,13 +29,17 @@ def test_source_id_round_trip_and_fits_int64(day_obs, seq_num, detector, counter
     assert split_source_id(identifier) == (exposure_id, detector, counter)
 
 
-@pytest.mark.parametrize("text", ["", "XC_O_20261120_12", "../etc/passwd", "XC_O_20261120_000000", "xc_O_20261120_000001"])
+@pytest.mark.parametrize(
+    "text", ["", "XC_O_20261120_12", "../etc/passwd", "XC_O_20261120_000000", "xc_O_20261120_000001"]
+)
 def test_wrong_obs_ids_are_refused(text):
     with pytest.raises(UserError, match="expected XX_O"):
         ObsId.parse(text)
 
 
-@pytest.mark.parametrize("parts", [(2026112000012, 256, 0), (2026112000012, 0, 16384), (-1, 0, 0), (2**41, 0, 0)])
+@pytest.mark.parametrize(
+    "parts", [(2026112000012, 256, 0), (2026112000012, 0, 16384), (-1, 0, 0), (2**41, 0, 0)]
+)
 def test_source_id_refuses_what_does_not_fit(parts):
     with pytest.raises(ValueError, match="no source id"):
         source_id(*parts)

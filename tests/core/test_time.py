@@ -22,7 +22,12 @@ from cumbre.core.time import (
 
 @pytest.mark.parametrize(
     ("utc", "offset"),
-    [("1999-01-01T00:00:00", 32), ("2016-12-31T23:59:59", 36), ("2017-01-01T00:00:00", 37), ("2026-11-21T00:00:00", 37)],
+    [
+        ("1999-01-01T00:00:00", 32),
+        ("2016-12-31T23:59:59", 36),
+        ("2017-01-01T00:00:00", 37),
+        ("2026-11-21T00:00:00", 37),
+    ],
 )
 def test_leap_seconds_are_those_of_bulletin_c(utc, offset):
     assert tai_minus_utc(parse_isot(utc)) == offset

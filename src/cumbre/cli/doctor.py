@@ -66,7 +66,10 @@ def _checks(folder: Path | None) -> Iterator[tuple[str, Callable[[], tuple[bool,
 
 def _interpreter() -> tuple[bool, str]:
     version = sys.version_info
-    return (3, 12) <= version < (3, 14), f"Python {version.major}.{version.minor}.{version.micro} (3.12 or 3.13 wanted)"
+    return (3, 12) <= version < (
+        3,
+        14,
+    ), f"Python {version.major}.{version.minor}.{version.micro} (3.12 or 3.13 wanted)"
 
 
 def _module(name: str) -> tuple[bool, str]:
@@ -101,7 +104,9 @@ def _services(folder: Path) -> tuple[bool, str]:
     if not report["up"]:
         return True, "down (start with: cumbre up)"
     bad = [s["name"] for s in report["services"] if s["state"] != "running"]
-    return not bad, f"{len(report['services'])} services" + (f"; not running: {', '.join(bad)}" if bad else "")
+    return not bad, f"{len(report['services'])} services" + (
+        f"; not running: {', '.join(bad)}" if bad else ""
+    )
 
 
 def _ledger(folder: Path) -> tuple[bool, str]:

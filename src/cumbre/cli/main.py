@@ -21,7 +21,11 @@ VERBS = {
     "night": ("cumbre.cli.night", "night", "Run a simulated night and report on it."),
     "ingest": ("cumbre.cli.ingest", "ingest", "Take files of a real camera into the flow."),
     "process": ("cumbre.cli.process", "process", "Science and reference images to alerts, without a site."),
-    "calibrate": ("cumbre.cli.calibrate", "calibrate", "Raw frames to calibrated ones with their own bias and flats."),
+    "calibrate": (
+        "cumbre.cli.calibrate",
+        "calibrate",
+        "Raw frames to calibrated ones with their own bias and flats.",
+    ),
     "lightcurve": ("cumbre.cli.lightcurve", "lightcurve", "Frames of one field to light curves."),
     "query": ("cumbre.cli.query", "query", "Ask the ledger or the tables."),
     "instrument": ("cumbre.cli.instrument", "instrument", "List, show and check instrument descriptions."),

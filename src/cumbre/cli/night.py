@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 @click.option("--site", "folder", type=click.Path(path_type=Path), default=Path("night-site"), show_default=True,
               help="Folder of the site; made when it is not there.")  # fmt: skip
 @click.option("--seed", default=1, show_default=True, help="Seed of the sky, the weather and the faults.")
-@click.option("--visits", default=8, show_default=True, help="Visits of the night.", type=click.IntRange(1, 2000))
+@click.option(
+    "--visits", default=8, show_default=True, help="Visits of the night.", type=click.IntRange(1, 2000)
+)
 @click.option("--rate", default=6.0, show_default=True, help="Night seconds per real second.")
 @click.option("--instrument", default="democam", show_default=True, help="Shipped name or .yaml file.")
 @click.option("--faults", default="", help="kill:SERVICE[@PART], down:LINK[@PART], random; comma separated.")
@@ -79,7 +81,9 @@ def night(
         nights.begin(site, visits)
         with screen:
             state = nights.watch(site, visits, plan, screen.show)
-        report = write_report(site, wall_s=time.monotonic() - started, started_mono=started, faults=state.faults)
+        report = write_report(
+            site, wall_s=time.monotonic() - started, started_mono=started, faults=state.faults
+        )
     finally:
         if not keep and not was_up:
             stop_site(site)
@@ -145,7 +149,9 @@ class Screen:
                 self.say(line + (f"; {state.message}" if state.message else ""))
                 self.last, state.message = line, ""
             return
-        self.progress.update(self.bars["night"], completed=state.taken, note=f"alerts {state.alerts} {lag} {state.message}")
+        self.progress.update(
+            self.bars["night"], completed=state.taken, note=f"alerts {state.alerts} {lag} {state.message}"
+        )
         for label, hop in self.HOPS:
             if label not in self.bars:
                 self.bars[label] = self.progress.add_task(label, total=state.expected, note="")

@@ -32,7 +32,15 @@ log = logging.getLogger("cumbre")
 
 CONTROL_FILE = "night.json"
 DONE_FILE = "observatory/night_done.json"
-FINAL_HOPS = ("at_base", "base_tape", "at_archive", "archive_tape", "ingested_oods", "ingested_embargo", "processed")
+FINAL_HOPS = (
+    "at_base",
+    "base_tape",
+    "at_archive",
+    "archive_tape",
+    "ingested_oods",
+    "ingested_embargo",
+    "processed",
+)
 READY_DEADLINE_S = 90.0
 OUTAGE_S = 5.0
 
@@ -127,7 +135,9 @@ def wait_ready(site: Site) -> None:
                 waiting.discard(message.fields["name"])
         if time.monotonic() - since > READY_DEADLINE_S:
             logs = ", ".join(str(site.root / "logs" / f"{name}.log") for name in sorted(waiting))
-            raise DeadlineError(f"not ready after {READY_DEADLINE_S:.0f} s: {', '.join(sorted(waiting))}; see {logs}")
+            raise DeadlineError(
+                f"not ready after {READY_DEADLINE_S:.0f} s: {', '.join(sorted(waiting))}; see {logs}"
+            )
 
 
 def begin(site: Site, visits: int) -> None:
@@ -136,9 +146,7 @@ def begin(site: Site, visits: int) -> None:
     (site.root / DONE_FILE).unlink(missing_ok=True)
     clock = open_site_clock(site)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(
-        json.dumps({"visits": visits, "state": "running", "start_tai": clock.now_tai_s()})
-    )
+    temporary.write_text(json.dumps({"visits": visits, "state": "running", "start_tai": clock.now_tai_s()}))
     temporary.replace(path)
 
 
@@ -198,7 +206,8 @@ def observe_state(db: Database, site: Site, state: NightState) -> None:
     )  # fmt: skip
     state.hops = {row["hop"]: int(row["n"]) for row in rows}
     done = db.query(
-        "SELECT count(DISTINCT (obs_id, detector)) AS n FROM ledger.hop WHERE detector >= 0 AND hop = 'processed'", ()
+        "SELECT count(DISTINCT (obs_id, detector)) AS n FROM ledger.hop WHERE detector >= 0 AND hop = 'processed'",
+        (),
     )
     state.hops["processed"] = int(done[0]["n"])
     alerts = db.query("SELECT count(*) AS n FROM level1.alert_outbox WHERE sent_tai IS NOT NULL", ())
@@ -279,7 +288,9 @@ def demonstration_folder(root: Path) -> Path:
     if not root.exists() or not any(root.iterdir()):
         return root
     if not (root / "site.yaml").exists() or Site.load(root).config.simulator is None:
-        raise UserError(f"{root}: holds something that is not a simulated site; it is left alone. Use --site DIR")
+        raise UserError(
+            f"{root}: holds something that is not a simulated site; it is left alone. Use --site DIR"
+        )
     from cumbre.site.supervisor import stop_site
 
     stop_site(Site.load(root))

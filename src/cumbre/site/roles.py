@@ -55,7 +55,9 @@ def site_dsn(site: Site) -> str:
     path = site.root / "run" / "postgres.dsn"
     with contextlib.suppress(FileNotFoundError):
         return path.read_text().strip()
-    raise NotFoundError(f"{site.root}: its database is not running; start the site: cumbre up --site {site.root}")
+    raise NotFoundError(
+        f"{site.root}: its database is not running; start the site: cumbre up --site {site.root}"
+    )
 
 
 def site_database(site: Site) -> Database:

@@ -49,7 +49,8 @@ def flow(db: Database, clock: Clock) -> dict[str, Any]:
     )
     by_name = {row["hop"]: row for row in rows}
     failures = db.query(
-        "SELECT hop, outcome, count(*) AS count FROM ledger.hop WHERE outcome <> 'ok' GROUP BY hop, outcome", ()
+        "SELECT hop, outcome, count(*) AS count FROM ledger.hop WHERE outcome <> 'ok' GROUP BY hop, outcome",
+        (),
     )
     return {
         "now": times(clock.now_tai_s()),

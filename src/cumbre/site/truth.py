@@ -1,0 +1,106 @@
+"""Completeness and purity of a night: Level 1 against what the simulator put into the sky.
+
+Only reports and tests read the truth. A truth entry counts for completeness when its difference flux against
+the template has an expected signal-to-noise above the limit and its pixels are usable; a detection counts for
+purity when anything that changed or moved in the truth lies within the match radius.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+MATCH_ARCSEC = 1.5
+SNR_LIMIT = 8.0
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Counts above the limit, and per bin of magnitude."""
+
+    n_truth: int
+    n_found: int
+    n_detections: int
+    n_true_detections: int
+    by_magnitude: list[dict[str, Any]]
+    missed: list[dict[str, Any]]
+    false: list[dict[str, Any]]
+
+    @property
+    def completeness(self) -> float | None:
+        """Part of the truth that was found; None when there was nothing to find."""
+        return self.n_found / self.n_truth if self.n_truth else None
+
+    @property
+    def purity(self) -> float | None:
+        """Part of the detections that are true; None when there were none."""
+        return self.n_true_detections / self.n_detections if self.n_detections else None
+
+
+def _unit(ra_deg: NDArray[np.float64], dec_deg: NDArray[np.float64]) -> NDArray[np.float64]:
+    ra, dec = np.radians(ra_deg), np.radians(dec_deg)
+    return np.column_stack([np.cos(dec) * np.cos(ra), np.cos(dec) * np.sin(ra), np.sin(dec)])
+
+
+def _near(
+    a: dict[str, NDArray[Any]], b: dict[str, NDArray[Any]]
+) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """For each of ``a``: whether one of ``b`` lies within the radius, and which."""
+    from scipy.spatial import cKDTree
+
+    n = len(a["ra"])
+    if n == 0 or len(b["ra"]) == 0:
+        return np.zeros(n, dtype=bool), np.zeros(n, dtype=np.int64)
+    tree = cKDTree(_unit(b["ra"], b["dec"]))
+    limit = 2 * np.sin(np.radians(MATCH_ARCSEC / 3600) / 2)
+    distance, index = tree.query(_unit(a["ra"], a["dec"]), distance_upper_bound=limit)
+    return np.isfinite(distance), index
+
+
+def score(
+    pairs: list[tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]], *, snr_limit: float = SNR_LIMIT
+) -> Score:
+    """Score a night.
+
+    Parameters
+    ----------
+    pairs
+        One (truth, detections) per processed detector image: columns ra, dec (degrees), snr, mag (truth),
+        and ids. Detections are the published ones.
+    """
+    edges = np.arange(15.0, 25.0, 0.5)
+    total, found = np.zeros(len(edges)), np.zeros(len(edges))
+    missed: list[dict[str, Any]] = []
+    false: list[dict[str, Any]] = []
+    n_detections = n_true = 0
+    for truth, detections in pairs:
+        bright = truth["snr"] > snr_limit
+        wanted = {name: values[bright] for name, values in truth.items()}
+        hit, _ = _near(wanted, detections)
+        bins = np.clip(np.digitize(wanted["mag"], edges) - 1, 0, len(edges) - 1)
+        np.add.at(total, bins, 1)
+        np.add.at(found, bins[hit], 1)
+        missed += [{k: _plain(v[i]) for k, v in wanted.items()} for i in np.flatnonzero(~hit)]
+        strong = {name: values[detections["snr"] > snr_limit] for name, values in detections.items()}
+        real, _ = _near(strong, truth)
+        n_detections += len(real)
+        n_true += int(real.sum())
+        false += [{k: _plain(v[i]) for k, v in strong.items()} for i in np.flatnonzero(~real)]
+    rows = [
+        {
+            "mag": float(edges[i]),
+            "n": int(total[i]),
+            "found": int(found[i]),
+            "completeness": found[i] / total[i],
+        }
+        for i in range(len(edges))
+        if total[i]
+    ]
+    return Score(int(total.sum()), int(found.sum()), n_detections, n_true, rows, missed, false)
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else value
