@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,7 +13,7 @@ from cumbre.core.errors import ConfigurationError
 from cumbre.core.time import parse_isot, tai_from_utc
 from cumbre.observatory import ephemeris
 from cumbre.observatory.ephemeris import Location
-from cumbre.observatory.scheduler import Limits, TelescopeState, next_target, predict, why_nothing
+from cumbre.observatory.targets import Limits, TelescopeState, next_target, predict, why_nothing
 from cumbre.observatory.visits import Tile, load_tiles, new_group_id, parse_tiles
 
 NIGHT = tai_from_utc(parse_isot("2026-11-21T01:00:00"))
@@ -32,7 +34,7 @@ tiles_strategy = st.lists(
     max_airmass=st.floats(1.05, 4.0),
     avoid=st.floats(0, 120),
 )
-def test_limits_are_never_crossed(tiles, moment, pointing, last_filter, max_airmass, avoid):
+def test_limits_are_never_crossed(*, tiles, moment, pointing, last_filter, max_airmass, avoid):
     limits = Limits(location=SITE, filters=LIMITS.filters, max_airmass=max_airmass, moon_avoidance_deg=avoid)
     now = NIGHT + moment
     ra, dec = pointing or (None, None)
@@ -96,7 +98,7 @@ def test_few_tiles_take_turns():
     assert len(schedule) >= 11
     counts = [sum(t.tile == tile.name for t in schedule) for tile in tiles]
     assert max(counts) - min(counts) <= 1
-    assert all(a.tile != b.tile for a, b in zip(schedule, schedule[1:], strict=False))
+    assert all(a.tile != b.tile for a, b in pairwise(schedule))
 
 
 def test_filter_change_costs_and_is_avoided():

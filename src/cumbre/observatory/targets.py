@@ -251,3 +251,13 @@ def predict(
         state = state.after(target)
         moment = target.start_tai + cadence_s
     return schedule
+
+
+def first_possible(
+    state: TelescopeState, now_tai: float, config: Limits, tiles: Sequence[Tile], *, within_s: float = 86400.0
+) -> float | None:
+    """Find the first TAI, in steps of ten minutes, at which something may be observed; None for never."""
+    for moment in np.arange(now_tai, now_tai + within_s, 600.0):
+        if next_target(state, float(moment), config, tiles) is not None:
+            return float(moment)
+    return None

@@ -102,7 +102,7 @@ class Visit:
         return {
             "targetId": self.target_id,
             "ra": target.ra,
-            "decl": target.dec,
+            "dec": target.dec,
             "filter": target.filter,
             "band": target.band,
             "exposureTime": target.exposure_s,
@@ -172,8 +172,8 @@ class AnnouncedVisit:
         on_sky = len(position) == 2 and 0 <= position[0] <= 360 and -90 <= position[1] <= 90
         if fields.get("coordinateSystem") != ICRS or not on_sky:
             raise UnprocessableDataError(
-                f"nextVisit {group_id}: coordinateSystem {fields.get('coordinateSystem')}, position {position}: "
-                "expected ICRS (2) with right ascension and declination in degrees"
+                f"nextVisit {group_id}: coordinateSystem {fields.get('coordinateSystem')}, "
+                f"position {position}: expected ICRS (2) with right ascension and declination in degrees"
             )
         angle = float(fields.get("cameraAngle", 0.0))
         return cls(
@@ -191,7 +191,7 @@ class AnnouncedVisit:
 
 
 def new_group_id(now_tai_s: float, last: str) -> str:
-    """A group id (TAI, milliseconds) that is later than ``last`` whatever the clock did.
+    """Make a group id (TAI, milliseconds) that is later than ``last`` whatever the clock did.
 
     Group ids order as text; a clock set back, or two visits within a millisecond, still give a new one.
     """
