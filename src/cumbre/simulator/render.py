@@ -1,0 +1,231 @@
+"""Raw pixels of one detector: sky and lamp, sensor, electronics.
+
+The order is nature's: light through optics and PSF, photon noise, cosmic rays, saturation with bleeding, then
+amplifier by amplifier crosstalk, non-linearity, bias, read noise, conversion.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cumbre.core.errors import UserError
+from cumbre.core.geometry import focal_plane_from_pixel
+from cumbre.core.instrument import Detector, Instrument
+from cumbre.simulator import profiles
+from cumbre.simulator.chip import Chip, chip, field_position, raw_shape
+from cumbre.simulator.exposure import ExposureRequest
+from cumbre.simulator.randomness import generator
+
+if TYPE_CHECKING:
+    from cumbre.simulator.sky import Light, Sky
+
+IMAGE_TYPES = ("OBJECT", "BIAS", "DARK", "FLAT")
+LAMP_E_S = 6000.0
+"""Electrons per pixel and second of the flat-field lamp, before the filter's few per cent."""
+EXACT_POISSON_BELOW_E = 30.0
+COSMIC_RAYS_CM2_MIN = 3.0
+TRAIL_PROBABILITY = 0.05
+"""Satellite trails per exposure and field."""
+
+
+def expected_electrons(
+    instrument: Instrument, detector: Detector, exposure: ExposureRequest, sky: Sky, seed: int
+) -> NDArray[np.float32]:
+    """Mean electrons of every pixel before any noise: light × response + dark; shape (ny, nx)."""
+    fixed = chip(instrument, detector, seed)
+    if exposure.image_type == "BIAS":
+        return np.zeros(detector.shape, np.float32)
+    if exposure.image_type == "FLAT":
+        lamp = generator(seed, "lamp", exposure.obs_id).normal(1.0, 0.01)
+        image = np.full(detector.shape, LAMP_E_S * lamp * exposure.exposure_s, np.float32)
+    elif exposure.image_type == "DARK":
+        image = np.zeros(detector.shape, np.float32)
+    elif exposure.image_type == "OBJECT":
+        image = _sky_image(instrument, detector, exposure, sky, seed)
+    else:
+        raise UserError(f"image type {exposure.image_type!r}: expected one of {', '.join(IMAGE_TYPES)}")
+    image *= fixed.response
+    image += fixed.dark_e_s * np.float32(exposure.exposure_s)
+    return image
+
+
+def _sky_image(
+    instrument: Instrument, detector: Detector, exposure: ExposureRequest, sky: Sky, seed: int
+) -> NDArray[np.float32]:
+    """Electrons of sky background, sources and satellite trails on a perfect sensor."""
+    from cumbre.simulator import kernels
+
+    light = sky.light(instrument, detector, exposure)
+    background = light.background_e
+    image = np.full(detector.shape, background, np.float32)
+    _add_sources(instrument, detector, image, light)
+    trail = generator(seed, "trail", exposure.obs_id)
+    if trail.uniform() < TRAIL_PROBABILITY:
+        angle, offset_mm = trail.uniform(0, np.pi), trail.uniform(-15, 15)
+        brightness = 10 ** trail.uniform(1.8, 3.5)
+        angle_px = angle - np.deg2rad(detector.angle_deg)
+        cx, cy = focal_plane_from_pixel(detector, 0.0, 0.0)
+        across_mm = offset_mm - (-float(cx) * np.sin(angle) + float(cy) * np.cos(angle))
+        across = across_mm / detector.pixel_mm
+        kernels.add_trail(
+            image,
+            -across * np.sin(angle_px),
+            across * np.cos(angle_px),
+            np.cos(angle_px),
+            np.sin(angle_px),
+            brightness,
+            0.5 * light.psf.fwhm_px,
+        )
+    return image
+
+
+def _add_sources(
+    instrument: Instrument, detector: Detector, image: NDArray[np.float32], light: Light
+) -> None:
+    """Add every source, in order of the catalogue."""
+    from cumbre.simulator import kernels
+
+    psf_weights, psf_variances = profiles.moffat()
+    faint = 0.2 * np.sqrt(max(light.background_e, 25.0))
+    unit = np.array([1.0])
+    for component, (weights, variances) in (
+        (light.points, (unit, unit)),
+        (light.discs, profiles.exponential()),
+        (light.bulges, profiles.de_vaucouleurs()),
+    ):
+        if component.x.size == 0:
+            continue
+        u, v = field_position(instrument, detector, component.x, component.y)
+        kernels.add_light(
+            image,
+            component.x,
+            component.y,
+            component.flux_e,
+            component.shape,
+            light.psf.unit_covariance(u, v),
+            weights,
+            variances,
+            psf_weights,
+            psf_variances,
+            profiles.PIXEL_VARIANCE,
+            faint,
+        )
+
+
+def _cosmic_rays(
+    image: NDArray[np.float32], detector: Detector, seconds: float, rng: np.random.Generator
+) -> None:
+    """Muons that cross the silicon, and slow electrons that wander in it."""
+    from cumbre.simulator import kernels
+
+    area_cm2 = image.size * (detector.pixel_mm / 10) ** 2
+    thickness_px = 0.1 / detector.pixel_mm
+    for _ in range(int(rng.poisson(COSMIC_RAYS_CM2_MIN * area_cm2 * seconds / 60))):
+        x, y = rng.uniform(0, detector.nx), rng.uniform(0, detector.ny)
+        direction = rng.uniform(0, 2 * np.pi)
+        if rng.uniform() < 0.8:
+            # cos² law of zenith angles on a horizontal sensor: tan of the angle sets the track's length.
+            tangent = np.sqrt(1 / max(rng.uniform(), 1e-3) ** 0.5 - 1)
+            length = min(thickness_px * tangent + 0.5, 400.0)
+            deposit = 80 * 1000 * 0.1 * np.sqrt(1 + tangent**2) / length
+            steps = max(int(length * 3), 2)
+            charges = deposit * length / steps * rng.lognormal(0, 0.3, steps)
+            kernels.add_track(
+                image,
+                x,
+                y,
+                np.cos(direction) * length / steps,
+                np.sin(direction) * length / steps,
+                charges,
+            )
+        else:
+            for _ in range(int(rng.integers(8, 40))):
+                direction += rng.normal(0, 0.6)
+                dx, dy = 0.8 * np.cos(direction), 0.8 * np.sin(direction)
+                kernels.add_track(image, x, y, dx, dy, np.array([rng.lognormal(6.0, 0.5)]))
+                x, y = x + dx, y + dy
+
+
+def electrons(
+    instrument: Instrument, detector: Detector, exposure: ExposureRequest, sky: Sky, seed: int
+) -> NDArray[np.float32]:
+    """Electrons in every pixel when the shutter has closed, noise, cosmic rays and bleeding included."""
+    from cumbre.simulator import kernels
+
+    fixed = chip(instrument, detector, seed)
+    rng = generator(seed, "pixels", exposure.obs_id, detector.name)
+    image = expected_electrons(instrument, detector, exposure, sky, seed)
+    if exposure.image_type == "BIAS":
+        return image
+    low = np.float32(EXACT_POISSON_BELOW_E)
+    dim = np.flatnonzero(image.reshape(-1) <= low)
+    kernels.photon_noise(image, rng.standard_normal(image.shape, dtype=np.float32), low)
+    if dim.size:
+        image.reshape(-1)[dim] = rng.poisson(image.reshape(-1)[dim])
+    _cosmic_rays(image, detector, exposure.exposure_s + instrument.readout_s, rng)
+    for index, amplifier in enumerate(detector.amplifiers):
+        kernels.bleed(image, *amplifier.detector_box, fixed.full_well_e[index])
+    return image
+
+
+def _offset(fixed: Chip, exposure: ExposureRequest, seed: int, detector: Detector) -> NDArray[np.float32]:
+    """Bias of this exposure: structure, slow drift with time, row noise common to an amplifier."""
+    n, ny, _ = fixed.bias.shape
+    rng = generator(seed, "offset", exposure.obs_id, detector.name)
+    phase = generator(seed, "drift", detector.name).uniform(0, 2 * np.pi, n)
+    drift = 3.0 * np.sin(2 * np.pi * exposure.begin_tai / 14400.0 + phase) + rng.normal(0, 0.7, n)
+    # Random walk that forgets after about 100 rows: what the overscan of each row is for.
+    kicks = rng.normal(0, 0.08, (n, ny))
+    rows = np.empty((n, ny))
+    state = rng.normal(0, 0.5, n)
+    for j in range(ny):
+        state = 0.99 * state + kicks[:, j]
+        rows[:, j] = state
+    return fixed.bias + (drift[:, None] + rows)[:, :, None].astype(np.float32)
+
+
+def render(
+    instrument: Instrument, detector: Detector, exposure: ExposureRequest, sky: Sky, seed: int
+) -> NDArray[np.uint16]:
+    """Raw array of one detector, the same for the same arguments bit for bit.
+
+    Returns
+    -------
+    uint16 of shape (n_amp, ny_raw, nx_raw)
+        In the order of ``detector.amplifiers``, as the DAQ store keeps it.
+
+    Raises
+    ------
+    UserError
+        Unknown image type or filter, or amplifiers of different raw sizes.
+    """
+    from cumbre.simulator import kernels
+
+    fixed = chip(instrument, detector, seed)
+    image = electrons(instrument, detector, exposure, sky, seed)
+    shape = raw_shape(detector)
+    height, width = fixed.data_shape[:, 1].max(), fixed.data_shape[:, 0].max()
+    signal = np.zeros((shape[0], height, width), np.float32)
+    for index, amplifier in enumerate(detector.amplifiers):
+        part = image[amplifier.detector_box.slices]
+        part = part[:: -1 if amplifier.flip_y else 1, :: -1 if amplifier.flip_x else 1]
+        np.multiply(
+            part, np.float32(1.0 / fixed.gain[index]), out=signal[index, : part.shape[0], : part.shape[1]]
+        )
+    noise = generator(seed, "read", exposure.obs_id, detector.name).standard_normal(shape, dtype=np.float32)
+    raw = np.empty(shape, np.uint16)
+    kernels.read_out(
+        signal,
+        _offset(fixed, exposure, seed, detector),
+        noise,
+        fixed.read_noise_adu,
+        fixed.data_box,
+        fixed.data_shape,
+        fixed.coupling,
+        fixed.linearity,
+        raw,
+    )
+    return raw
