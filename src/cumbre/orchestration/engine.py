@@ -1,0 +1,240 @@
+"""Where jobs run: Dask distributed, on this machine or at an address; or this process."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from cumbre.core.errors import TransientError
+from cumbre.orchestration.models import LOST, JobResult
+from cumbre.orchestration.task import THREAD_VARIABLES, resolve, run_task
+
+log = logging.getLogger(__name__)
+
+# Dask's number is larger for what is more urgent, ours smaller.
+_DASK_PRIORITY = 1000
+START_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A try that ended, or whose worker died."""
+
+    key: str
+    result: JobResult
+
+
+class ComputeEngine(Protocol):
+    """Runs functions named by path on workers, the urgent first."""
+
+    def submit(
+        self, key: str, function: str, payload: dict[str, Any], *, priority: int, affinity: int = -1
+    ) -> None:
+        """Start one try; ``key`` is told again in its :class:`Completion`. Smaller priority goes first."""
+
+    def completed(self, timeout_s: float) -> list[Completion]:
+        """Tries that ended since the last call; waits at most ``timeout_s`` real seconds for the first."""
+
+    def cancel(self, key: str) -> None:
+        """Drop a try that has not begun; one that runs may still end."""
+
+    def workers(self) -> list[str]:
+        """Names of the workers, in the order of their slots."""
+
+    def close(self) -> None:
+        """Stop the workers that this engine started."""
+
+
+class InlineEngine:
+    """Runs one job at a time in this process, when results are asked for. No isolation; for one-off commands."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[int, int, str, str, dict[str, Any]]] = []
+        self._count = 0
+
+    def submit(
+        self, key: str, function: str, payload: dict[str, Any], *, priority: int, affinity: int = -1
+    ) -> None:
+        """Queue one try."""
+        del affinity
+        self._count += 1
+        self._waiting.append((priority, self._count, key, function, payload))
+
+    def completed(self, timeout_s: float) -> list[Completion]:
+        """Run the most urgent job that waits."""
+        del timeout_s
+        if not self._waiting:
+            return []
+        self._waiting.sort(key=lambda item: item[:2])
+        _, _, key, function, payload = self._waiting.pop(0)
+        return [Completion(key, JobResult(**run_task(function, payload)))]
+
+    def cancel(self, key: str) -> None:
+        """Forget a waiting job."""
+        self._waiting = [item for item in self._waiting if item[2] != key]
+
+    def workers(self) -> list[str]:
+        """One worker: this process."""
+        return ["inline"]
+
+    def close(self) -> None:
+        """Nothing to stop."""
+        self._waiting.clear()
+
+
+def _warm(function: str) -> None:
+    """Run on each worker when it starts, also after a restart by its nanny."""
+    from cumbre.orchestration.task import one_thread
+
+    one_thread()
+    if function:
+        resolve(function)({})
+
+
+class DaskEngine:
+    """Dask distributed: processes of one thread each, restarted by their nannies.
+
+    Parameters
+    ----------
+    address
+        Scheduler of a running cluster; None starts a local one that ends with this process, however it ends.
+    n_workers
+        Worker processes of the local cluster.
+    warm_up
+        ``package.module:function`` run with ``{}`` on each worker when it starts (imports, compiled kernels).
+
+    Raises
+    ------
+    TransientError
+        The cluster does not answer.
+    """
+
+    def __init__(self, address: str | None = None, *, n_workers: int = 2, warm_up: str = "") -> None:
+        import dask
+        from distributed import Client, LocalCluster
+
+        # A lost worker is our matter: each loss is an attempt in the jobs table, none is repeated silently.
+        dask.config.set(
+            {
+                "distributed.scheduler.allowed-failures": 0,
+                "distributed.nanny.pre-spawn-environ": dict.fromkeys(THREAD_VARIABLES, "1"),
+                "distributed.worker.daemon": True,
+                "distributed.admin.system-monitor.gil.enabled": False,
+            }
+        )
+        self._ended: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self._futures: dict[str, Any] = {}
+        self._cluster: Any = None
+        try:
+            if address is None:
+                self._cluster = LocalCluster(
+                    n_workers=n_workers,
+                    threads_per_worker=1,
+                    processes=True,
+                    dashboard_address=None,
+                    memory_limit=None,
+                    silence_logs=logging.ERROR,
+                )
+            self._client: Any = Client(
+                self._cluster or address, timeout=START_TIMEOUT_S, set_as_default=False
+            )
+            self._client.wait_for_workers(1, timeout=START_TIMEOUT_S)
+            self._client.register_plugin(_warm_plugin(warm_up), name="cumbre-warm-up")
+        except (OSError, TimeoutError) as error:
+            self.close()
+            raise TransientError(f"compute cluster {address or 'on this machine'}: {error}") from error
+        self._slots: deque[str] = deque()
+        self._slots_read = 0.0
+
+    def submit(
+        self, key: str, function: str, payload: dict[str, Any], *, priority: int, affinity: int = -1
+    ) -> None:
+        """Send one try to the cluster, if possible to the worker of the slot."""
+        where: dict[str, Any] = {}
+        slots = self.workers() if affinity >= 0 else []
+        if slots:
+            where = {"workers": [slots[affinity % len(slots)]], "allow_other_workers": True}
+        future = self._client.submit(
+            run_task, function, payload, key=key, pure=False, retries=0,
+            priority=_DASK_PRIORITY - priority, **where,
+        )  # fmt: skip
+        self._futures[key] = future
+        future.add_done_callback(lambda done, key=key: self._ended.put((key, done)))
+
+    def completed(self, timeout_s: float) -> list[Completion]:
+        """Gather what ended; a dead worker gives the outcome ``WorkerLost``."""
+        found: list[Completion] = []
+        while True:
+            try:
+                key, future = self._ended.get(timeout=timeout_s if not found else 0)
+            except (queue.Empty, ValueError):
+                return found
+            if self._futures.get(key) is not future:
+                continue  # cancelled, or submitted again
+            del self._futures[key]
+            found.append(Completion(key, self._result(future)))
+
+    @staticmethod
+    def _result(future: Any) -> JobResult:
+        if future.status == "finished":
+            return JobResult(**future.result())
+        if future.status == "error":
+            error = future.exception()
+            lost = type(error).__name__ in ("KilledWorker", "CancelledError", "FutureCancelledError")
+            return JobResult(
+                LOST if lost else "Failed",
+                f"{type(error).__name__}: {error}",
+                may_retry=lost or isinstance(error, OSError),
+            )
+        return JobResult(LOST, f"the cluster gave the job up ({future.status})", may_retry=True)
+
+    def cancel(self, key: str) -> None:
+        """Ask the cluster to drop it."""
+        future = self._futures.pop(key, None)
+        if future is not None:
+            future.cancel()
+
+    def workers(self) -> list[str]:
+        """Addresses of the live workers, in the order of their names (looked up at most once a second)."""
+        now = time.monotonic()
+        if not self._slots or now - self._slots_read > 1.0:
+            info = self._client.scheduler_info(n_workers=-1)["workers"]
+            ordered = sorted(info, key=lambda address: str(info[address].get("name", address)))
+            self._slots, self._slots_read = deque(ordered), now
+        return list(self._slots)
+
+    def pids(self) -> dict[str, int]:
+        """Process id of each worker by address."""
+        return dict(self._client.run(_pid))
+
+    def close(self) -> None:
+        """Stop the client, and the cluster when it is ours."""
+        for thing in (getattr(self, "_client", None), self._cluster):
+            if thing is not None:
+                with contextlib.suppress(OSError, TimeoutError, RuntimeError):
+                    thing.close()
+
+
+def _pid() -> int:
+    import os
+
+    return os.getpid()
+
+
+def _warm_plugin(function: str) -> Any:
+    from distributed import WorkerPlugin
+
+    class WarmUp(WorkerPlugin):  # type: ignore[misc]
+        """Imports and compiled kernels before the first job."""
+
+        def setup(self, worker: Any) -> None:
+            """Called on the worker."""
+            del worker
+            _warm(function)
+
+    return WarmUp()
