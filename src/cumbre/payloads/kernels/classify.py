@@ -1,4 +1,4 @@
-"""Reliability of detections on a difference image: eight measured features and a logistic model.
+"""Reliability of detections on a difference image: nine measured features and a logistic model.
 
 Every feature is 0 for a clean point source and grows with what makes a detection doubtful; each is clipped to
 0…``LIMIT`` so that one number alone cannot run away. The reliability is ``1 / (1 + exp(−logit))`` with
@@ -9,7 +9,7 @@ no network was trained, so variables and transients are treated alike.
 ============== ======================================================================= =========
 feature        meaning                                                                 weight
 ============== ======================================================================= =========
-misfit         ln of the PSF fit's reduced χ² (2 % of the profile tolerated)            2.2
+misfit         ln of the PSF fit's reduced χ² (the PSF's own error tolerated)           2.2
 shape          (1 − correlation of stamp and PSF) beyond what the noise explains, × 10  1.6
 opposite       part of the flux near the source that has the other sign, × 10           1.0
 partner        strongest peak of the other sign nearby / own peak, × 5                  1.2
@@ -17,9 +17,10 @@ residual       how far a few per cent of the template's star explain the signal 
 mask           part of the PSF's light on bad or saturated pixels, × 10                 2.0
 elongation     excess of the axis ratio over the PSF's, × 3                             1.2
 width          |ln| of compactness (light in the core / in the aperture) over the PSF's, × 5  1.5
+chance         ln(1 + noise peaks expected in this image at least as significant)      2.0
 ============== ======================================================================= =========
 
-Hard rules give 0: a streak, a cosmic ray or a saturated pixel at the centre, a flux that is not finite.
+Hard rules give 0: a streak that is not far outshone, a cosmic ray or a saturated pixel at the centre, a flux that is not finite.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from cumbre.payloads.kernels.detect import Measurement
 VERSION = "cumbre-logistic-1"
 BIAS = 4.0
 LIMIT = 4.0
-WEIGHTS = (2.2, 1.6, 1.0, 1.2, 3.0, 2.0, 1.2, 1.5)
+WEIGHTS = (2.2, 1.6, 1.0, 1.2, 3.0, 2.0, 1.2, 1.5, 2.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,7 @@ class Features:
     mask: float
     elongation: float
     width: float
+    chance: float
 
 
 def features_of(
@@ -57,8 +59,8 @@ def features_of(
     template_flux: float,
     masked_light: float,
     psf_elongation: float,
-    compactness: float,
     psf_compactness: float,
+    noise_above: float,
     match_error: float = 0.04,
 ) -> Features:
     """Features of one measured source.
@@ -73,25 +75,31 @@ def features_of(
         Part (0…1) of the PSF's light on unusable or saturated pixels of either image.
     psf_elongation
         Axis ratio of the PSF measured as the source's is.
-    compactness, psf_compactness
-        Flux in the inner radius over flux in the aperture, of the source and of the PSF.
+    psf_compactness
+        Flux in half the aperture's radius over flux in the aperture, of the PSF.
+    noise_above
+        Noise peaks expected in the whole image at least as significant as this one.
     match_error
         Fraction of a star's flux that PSF matching may leave behind.
     """
     noise_loss = 1.0 - 1.0 / np.sqrt(1.0 + source.n_pixels / max(snr, 1.0) ** 2)
     expected_opposite = min(0.5, 3.0 / max(snr, 1.0))
     leftover = match_error * max(template_flux, 0.0) / max(abs(source.flux), 1e-12)
-    ratio = compactness / psf_compactness if psf_compactness > 0 and compactness > 0 else 0.2
+    ratio = source.compactness / psf_compactness if psf_compactness > 0 and source.compactness > 0 else 0.2
     width_noise = 2.0 / max(snr, 1.0)
+    # Where the template is dark nothing but a cosmic ray, a trail or a bleed imitates a source, and those show in
+    # width, elongation and mask: there the exact shape counts half.
+    trust = 0.5 if template_flux < 0.1 * abs(source.flux) and masked_light < 0.02 else 1.0
     return Features(
-        misfit=float(np.log(max(source.chi2, 1.0))),
-        shape=10.0 * max(0.0, 1.0 - source.correlation - noise_loss - 0.02),
+        misfit=trust * float(np.log(max(source.chi2, 1.0))),
+        shape=trust * 10.0 * max(0.0, 1.0 - source.correlation - noise_loss - 0.02),
         opposite=10.0 * max(0.0, source.opposite - expected_opposite),
         partner=5.0 * max(0.0, source.partner - 3.5 / max(snr, 1.0) - 0.1),
         residual=2.0 * leftover,
         mask=10.0 * masked_light,
         elongation=3.0 * max(0.0, source.elongation / max(psf_elongation, 1.0) - 1.25 - 2.0 / max(snr, 1.0)),
         width=5.0 * max(0.0, abs(float(np.log(max(ratio, 0.05)))) - width_noise - 0.1),
+        chance=float(np.log1p(max(noise_above, 0.0))),
     )
 
 

@@ -6,6 +6,7 @@ moments. Positions are 0-based pixels, centre of the first pixel at (0, 0).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -128,6 +129,37 @@ def find_peaks(
     return np.concatenate(xs)[order], np.concatenate(ys)[order], np.concatenate(signs)[order]
 
 
+def noise_peaks(snr: NDArray[np.float32], bad: NDArray[np.bool_], radius: int) -> tuple[float, float]:
+    """Tail of the noise, from the peaks too faint to be detections.
+
+    Noise peaks of a stack or a resampled image are more frequent than Gaussian statistics say. Their number
+    above s is described by ``count · exp(−(s − 4.5) / slope)``, measured between 3.5 and 4.5.
+
+    Parameters
+    ----------
+    snr
+        Significance image; give its negative for the negative tail.
+    bad
+        Pixels not to look at.
+    radius
+        Half size of the window in which a pixel must be the highest to be a peak.
+
+    Returns
+    -------
+    count
+        Expected noise peaks above 4.5 in the whole image.
+    slope
+        Scale of the exponential, sigma.
+    """
+    top = cv2.dilate(snr, np.ones((2 * radius + 1, 2 * radius + 1), dtype=np.uint8))
+    peaks = snr[(snr >= top) & ~bad & (snr > 3.5)]
+    near, far = int((peaks < 4.0).sum()), int(((peaks >= 4.0) & (peaks < 4.5)).sum())
+    if far < 3 or near <= far:
+        return 0.2 * far, 0.25
+    ratio = near / far
+    return far / (ratio - 1.0), float(np.clip(0.5 / np.log(ratio), 0.1, 1.0))
+
+
 def robust_rms(values: NDArray[np.float32]) -> float:
     """Scatter of the core of a distribution (1.4826 × median absolute deviation)."""
     if values.size == 0:
@@ -156,6 +188,7 @@ class Measurement:
     chi2: float
     n_pixels: int
     correlation: float
+    compactness: float
     opposite: float
     partner: float
     elongation: float
@@ -186,6 +219,7 @@ def measure(
     *,
     unusable: int,
     aperture_radius: float,
+    profile_tolerance: float = 0.08,
 ) -> Measurement:
     """Measure one peak.
 
@@ -199,6 +233,8 @@ def measure(
         x, y of the peak.
     aperture_radius
         Pixels; the aperture flux has no correction.
+    profile_tolerance
+        Fraction of the model by which real PSFs differ from it; added to the noise in χ².
     """
     x0, y0 = position
     half = psf.half
@@ -215,8 +251,9 @@ def measure(
         flux, flux_err = 0.0, float("inf")
     core = near & (weight > 0)
     residual = (data - flux * profile)[core]
-    # 2 % of the PSF's own profile is not known better; a bright source is not punished for it.
-    tolerance = 1.0 / np.maximum(weight[core], 1e-30) + (0.02 * flux * profile[core]) ** 2
+    # The PSF's profile is not known perfectly; a bright source is not punished for it.
+    tolerance = 1.0 / np.maximum(weight[core], 1e-30) + (profile_tolerance * flux * float(profile.max())) ** 2 / 9.0
+    tolerance += (profile_tolerance * flux * profile[core]) ** 2
     n = int(core.sum())
     sign = -1.0 if flux < 0 else 1.0
     values, shape = sign * data[core], profile[core]
@@ -242,8 +279,9 @@ def measure(
         chi2=float((residual**2 / tolerance).sum() / max(n - 3, 1)),
         n_pixels=n,
         correlation=float((values * shape).sum() / spread) if spread > 0 else 0.0,
+        compactness=compactness(sign * data * (weight > 0), radius, aperture_radius),
         opposite=negative / total if total > 0 else 0.0,
-        partner=_partner(snr, x0, y0, sign, reach=max(4, half)),
+        partner=_partner(snr, x0, y0, sign, reach=max(3, math.ceil(aperture_radius))),
         elongation=elongation,
         length=length,
         angle=angle,
@@ -251,6 +289,13 @@ def measure(
         mask_bits=int(np.bitwise_or.reduce(bits[near & inside])) if (near & inside).any() else 0,
         mask_bits_centre=int(np.bitwise_or.reduce(centre.ravel())),
     )
+
+
+def compactness(data: NDArray[np.float64], radius: NDArray[np.float64], aperture_radius: float) -> float:
+    """Light within half the aperture's radius over that in the aperture; 0 when there is none."""
+    whole = float((np.clip(aperture_radius + 0.5 - radius, 0, 1) * data).sum())
+    inner = float((np.clip(0.5 * aperture_radius + 0.5 - radius, 0, 1) * data).sum())
+    return inner / whole if whole > 0 and inner > 0 else 0.0
 
 
 def _cutout(
@@ -344,15 +389,16 @@ def streak_mask(
     min_length
         Shortest line, pixels.
     """
-    binary = (snr > threshold).astype(np.uint8) * 255
+    binary = (snr > threshold).astype(np.uint8)
     out = np.zeros(snr.shape, dtype=np.uint8)
-    # Compact blobs (stars, galaxies) are no lines: leave only elongated components.
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(binary)
-    for index in range(1, count):
-        _, _, w, h, area = stats[index]
-        if max(w, h) < 15 or area > 0.35 * max(w, h) * max(w, h, 1) and min(w, h) > 3 * width:
-            labels[labels == index] = 0 if area < 5000 else labels[labels == index]
-    keep = (labels > 0).astype(np.uint8) * 255
+    # Compact blobs (stars, galaxies) are no lines: only long thin components vote.
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(binary)
+    diagonal = np.hypot(stats[:, 2], stats[:, 3])
+    is_thin = (diagonal > max(10.0, width)) & (stats[:, 4] < 0.3 * diagonal**2)
+    is_thin[0] = False
+    keep = is_thin[labels].astype(np.uint8) * 255
+    if np.count_nonzero(keep) < min_length:
+        return out > 0
     lines = cv2.HoughLinesP(
         keep,
         1,

@@ -1,0 +1,377 @@
+"""Difference sources: detect, measure, classify. What ``cumbre process`` and the prompt pipeline share.
+
+Positions are 0-based pixels of the science image. Fluxes are in the science image's unit (electrons after
+calibration, ADU otherwise). ``psfFlux`` is the PSF fit on the difference; ``flux`` is the flux in an aperture of
+1.75 FWHM divided by the part of the PSF's light that falls in it, which does not depend on the PSF's exact shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from cumbre.payloads.difference import UNUSABLE, Difference, DifferenceConfig, difference
+from cumbre.payloads.exposure import Exposure, MaskPlane
+from cumbre.payloads.kernels import classify
+from cumbre.payloads.kernels.detect import (
+    Measurement,
+    compactness,
+    find_peaks,
+    measure,
+    noise_peaks,
+    robust_rms,
+    significance,
+    streak_mask,
+)
+from cumbre.payloads.kernels.photometry import aperture_photometry, forced_psf_photometry
+from cumbre.payloads.kernels.psf import windowed_centroid
+
+_FLOATS = (
+    "ra", "dec", "raErr", "decErr", "x", "y", "xErr", "yErr", "snr", "flux", "fluxErr", "psfFlux", "psfFluxErr",
+    "psfChi2", "apFlux", "apFluxErr", "scienceFlux", "scienceFluxErr", "templateFlux", "templateFluxErr",
+    "reliability", "correlation", "elongation", "trailLength", "trailAngle",
+)  # fmt: skip
+FLAGS = {
+    "flagBad": MaskPlane.BAD,
+    "flagSaturated": MaskPlane.SAT,
+    "flagInterpolated": MaskPlane.INTRP,
+    "flagCosmicRay": MaskPlane.CR,
+    "flagEdge": MaskPlane.EDGE,
+    "flagNoData": MaskPlane.NO_DATA,
+    "flagStreak": MaskPlane.STREAK,
+    "flagSaturatedTemplate": MaskPlane.SAT_TEMPLATE,
+    "flagInjected": MaskPlane.INJECTED,
+}
+SOURCE_DTYPE = np.dtype(
+    [("id", np.int64), *((name, np.float64) for name in _FLOATS), ("isNegative", bool), ("isDipole", bool)]
+    + [("nPix", np.int32), ("pixelFlags", np.uint16), ("pixelFlagsCentre", np.uint16), ("flagCentroid", bool)]
+    + [(name, bool) for name in FLAGS]
+)
+
+
+@dataclass(slots=True)
+class DifferenceResult:
+    """Everything one pair gives.
+
+    Attributes
+    ----------
+    exposure
+        The difference: image, variance (calibrated), mask with DETECTED, DETECTED_NEGATIVE and STREAK, WCS.
+    sources
+        Structured array of ``SOURCE_DTYPE``, most significant first.
+    significance
+        (ny, nx) matched-filter signal-to-noise.
+    metrics
+        Kernel sum, condition, residual; noise; PSF widths; counts.
+    """
+
+    exposure: Exposure
+    sources: NDArray[Any]
+    significance: NDArray[np.float32]
+    difference: Difference
+    metrics: dict[str, float]
+
+    def stamps(self, x: float, y: float, half: int = 15) -> dict[str, NDArray[np.float32]]:
+        """``difference``, ``science``, ``template`` cutouts of (2·half + 1)², NaN outside the image."""
+        planes = {
+            "difference": self.exposure.image,
+            "science": self.difference.science.image,
+            "template": self.difference.template.image,
+        }
+        return {name: cutout(plane, x, y, half) for name, plane in planes.items()}
+
+
+def cutout(image: NDArray[np.float32], x: float, y: float, half: int) -> NDArray[np.float32]:
+    """Square of (2·half + 1)² pixels about the pixel nearest to (x, y); NaN where the image ends."""
+    out = np.full((2 * half + 1, 2 * half + 1), np.nan, dtype=np.float32)
+    xi, yi = round(float(x)), round(float(y))
+    ny, nx = image.shape
+    y0, y1, x0, x1 = max(yi - half, 0), min(yi + half + 1, ny), max(xi - half, 0), min(xi + half + 1, nx)
+    if y1 > y0 and x1 > x0:
+        out[y0 - yi + half : y1 - yi + half, x0 - xi + half : x1 - xi + half] = image[y0:y1, x0:x1]
+    return out
+
+
+def sky_of(wcs: Any, x: Any, y: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(ra, dec) in ICRS degrees of 0-based pixels, by our PlaneWcs or astropy's WCS; NaN without one."""
+    xs, ys = np.asarray(x, float), np.asarray(y, float)
+    if wcs is None:
+        return np.full(xs.shape, np.nan), np.full(xs.shape, np.nan)
+    if hasattr(wcs, "pix2sky"):
+        ra, dec = wcs.pix2sky(xs, ys)
+    else:
+        ra, dec = wcs.all_pix2world(xs, ys, 0)
+    return np.asarray(ra, float) % 360.0, np.asarray(dec, float)
+
+
+def process_pair(
+    science: Exposure, template: Exposure, config: DifferenceConfig | None = None
+) -> DifferenceResult:
+    """Subtract the template from the science image, find what changed, and say how far to trust it.
+
+    Parameters
+    ----------
+    science, template
+        Background-subtracted exposures on one pixel grid.
+
+    Raises
+    ------
+    NoWorkFoundError, UnprocessableDataError
+        As :func:`cumbre.payloads.difference.difference`.
+    """
+    config = config or DifferenceConfig()
+    made = difference(science, template, config)
+    exposure, half = made.exposure, made.psf.half
+    bad = (exposure.mask & UNUSABLE) > 0
+    snr = significance(exposure.image, exposure.variance, bad, made.psf, half)
+    # Resampled or stacked pixels are correlated: the filtered noise is measured, not assumed.
+    scale = robust_rms(snr[~bad])
+    scale = scale if np.isfinite(scale) and scale > 0 else 1.0
+    snr /= np.float32(scale)
+    fwhm = max(made.science_psf.fwhm_px, made.template_psf.fwhm_px)
+    streak = streak_mask(snr, width=3.0 * fwhm)
+    exposure.mask[streak] |= np.uint16(MaskPlane.STREAK)
+    exposure.mask[snr >= config.threshold] |= np.uint16(MaskPlane.DETECTED)
+    exposure.mask[snr <= -config.threshold] |= np.uint16(MaskPlane.DETECTED_NEGATIVE)
+    x, y, _ = find_peaks(snr, config.threshold, radius=max(2, round(0.8 * fwhm)))
+    keep = _independent(x, y, np.abs(snr[y, x]), fwhm)
+    x, y = x[keep][: config.max_sources], y[keep][: config.max_sources]
+    measurer = _Measurer(made, snr, scale, fwhm)
+    sources = measurer.table(x, y)
+    metrics = dict(made.metrics)
+    process_pair.features = measurer.features
+    metrics |= {
+        "snr_scale": scale,
+        "n_peaks": float(keep.sum()),
+        "n_sources": float(len(sources)),
+        "n_reliable": float((sources["reliability"] >= config.reliable).sum()),
+        "n_negative": float(sources["isNegative"].sum()),
+        "n_dipoles": float(sources["isDipole"].sum()),
+        "noise_peaks_positive": measurer.tails[0][0],
+        "noise_slope_positive": measurer.tails[0][1],
+        "noise_peaks_negative": measurer.tails[1][0],
+        "noise_slope_negative": measurer.tails[1][1],
+        "streak_fraction": float(streak.mean()),
+    }
+    return DifferenceResult(exposure, sources, snr, made, metrics)
+
+
+def _independent(
+    x: NDArray[np.intp], y: NDArray[np.intp], strength: NDArray[np.float32], fwhm: float
+) -> NDArray[np.bool_]:
+    """False for the ripples around a peak many times stronger (peaks come strongest first)."""
+    from scipy.spatial import cKDTree
+
+    keep = np.ones(len(x), dtype=bool)
+    if len(x) < 2:
+        return keep
+    tree = cKDTree(np.stack([x, y], axis=1))
+    for index in range(len(x)):
+        if not keep[index]:
+            continue
+        for other in tree.query_ball_point((x[index], y[index]), 2.5 * fwhm):
+            if other > index and strength[other] < 0.12 * strength[index]:
+                keep[other] = False
+    return keep
+
+
+class _Measurer:
+    """Measures peaks of one difference."""
+
+    def __init__(self, made: Difference, snr: NDArray[np.float32], scale: float, fwhm: float) -> None:
+        self._made, self._snr, self._scale, self._fwhm = made, snr, scale, fwhm
+        exposure = made.exposure
+        self._mask = exposure.mask
+        self._aperture = 1.5 * fwhm
+        self._wide = 1.75 * fwhm
+        self._variance = exposure.variance * np.float32(scale**2)
+        self._template = _brightest_nearby(made, fwhm)
+        self._saturated = _saturation_reach(exposure.mask, fwhm)
+        self._tolerance = float(np.clip(4 * made.science_psf.residual, 0.15, 0.25))
+        bad = (exposure.mask & (UNUSABLE | MaskPlane.STREAK)) > 0
+        radius = max(2, round(0.8 * fwhm))
+        self.tails = noise_peaks(snr, bad, radius), noise_peaks(-snr, bad, radius)
+        streak = (exposure.mask & MaskPlane.STREAK) > 0
+        on_streak = np.abs(snr[streak])
+        self._streak_level = float(np.median(on_streak[on_streak > 3])) if (on_streak > 3).any() else 0.0
+        self.features=[]
+        self._psf_shape: dict[int, tuple[float, float, float]] = {}
+
+    def table(self, x: NDArray[np.intp], y: NDArray[np.intp]) -> NDArray[Any]:
+        rows = np.zeros(len(x), dtype=SOURCE_DTYPE)
+        for index, (px, py) in enumerate(zip(x.tolist(), y.tolist(), strict=True)):
+            source = measure(
+                self._made.exposure.image, self._variance, self._mask, self._snr, self._made.psf, (px, py),
+                unusable=UNUSABLE, aperture_radius=self._aperture, profile_tolerance=self._tolerance,
+            )  # fmt: skip
+            self._fill(rows[index], source, float(self._snr[py, px]), px, py)
+        self._wide_fluxes(rows)
+        rows = _without_doubles(rows, 0.5 * self._fwhm)
+        self._direct_fluxes(rows)
+        rows["id"] = np.arange(1, len(rows) + 1)
+        wcs = self._made.exposure.wcs
+        rows["ra"], rows["dec"] = sky_of(wcs, rows["x"], rows["y"])
+        if wcs is not None and len(rows):
+            _, north = sky_of(wcs, rows["x"], rows["y"] + 1.0)
+            east, _ = sky_of(wcs, rows["x"], rows["y"] + 1.0)
+            turn = (east - rows["ra"] + 180) % 360 - 180
+            scale = np.hypot(turn * np.cos(np.radians(rows["dec"])), north - rows["dec"])
+            position = np.hypot(rows["xErr"], rows["yErr"]) / np.sqrt(2)
+            rows["raErr"] = rows["decErr"] = position * scale
+        else:
+            rows["raErr"] = rows["decErr"] = np.nan
+        return rows
+
+    def _shape_of_psf(self, x: int, y: int) -> tuple[float, float, float]:
+        """(axis ratio, compactness, light in the aperture) of the PSF there."""
+        stamp = self._made.psf(x, y)
+        key = id(stamp)
+        if key not in self._psf_shape:
+            half = self._made.psf.half
+            grid = np.arange(-half, half + 1)
+            radius = np.hypot(grid[None, :], grid[:, None])
+            weight = np.where(radius <= 1.5 * self._aperture, np.maximum(stamp, 0), 0)
+            weight = np.where(weight > 0.03 * stamp.max(), weight, 0)
+            xx, yy = (weight * grid[None, :] ** 2).sum(), (weight * grid[:, None] ** 2).sum()
+            xy = (weight * np.outer(grid, grid)).sum()
+            spread = np.hypot((xx - yy) / 2, xy)
+            ratio = float(np.sqrt(((xx + yy) / 2 + spread) / max((xx + yy) / 2 - spread, 1e-9)))
+            inside = float((np.clip(self._wide + 0.5 - radius, 0, 1) * stamp).sum())
+            self._psf_shape[key] = ratio, compactness(stamp, radius, self._aperture), inside
+        return self._psf_shape[key]
+
+    def _fill(self, row: Any, source: Measurement, peak_snr: float, px: int, py: int) -> None:
+        ratio, psf_compactness, inside = self._shape_of_psf(px, py)
+        row["x"], row["y"], row["xErr"], row["yErr"] = source.x, source.y, source.x_err, source.y_err
+        row["snr"] = abs(peak_snr)
+        row["psfFlux"], row["psfFluxErr"], row["psfChi2"] = source.flux, source.flux_err, source.chi2
+        row["apFlux"], row["apFluxErr"] = source.aperture_flux, source.aperture_err
+        row["flux"] = inside
+        row["isNegative"] = peak_snr < 0
+        row["correlation"], row["elongation"] = source.correlation, source.elongation
+        row["trailLength"], row["trailAngle"] = source.length, source.angle
+        row["nPix"], row["flagCentroid"] = source.n_pixels, source.is_centroid_bad
+        row["pixelFlags"], row["pixelFlagsCentre"] = source.mask_bits, source.mask_bits_centre
+        for name, plane in FLAGS.items():
+            row[name] = bool(source.mask_bits & plane)
+        features = classify.features_of(
+            source,
+            snr=abs(peak_snr),
+            template_flux=float(self._template[py, px]),
+            masked_light=self._masked_light(px, py),
+            psf_elongation=ratio,
+            psf_compactness=psf_compactness,
+            noise_above=self._noise_above(peak_snr),
+            match_error=2.5 * self._made.match_error,
+        )
+        partner = source.partner * abs(peak_snr)
+        row["isDipole"] = partner >= 4.5 and source.partner >= 0.25
+        reject = MaskPlane.CR | MaskPlane.SAT | MaskPlane.SAT_TEMPLATE | MaskPlane.BAD
+        rejected = bool(source.mask_bits_centre & int(reject)) or bool(row["isDipole"])
+        on_streak = bool(source.mask_bits_centre & MaskPlane.STREAK)
+        rejected |= on_streak and abs(peak_snr) < 5.0 * self._streak_level
+        # A difference that fits no PSF at its own peak (sign or place) is not a source.
+        rejected |= bool(source.flux * peak_snr <= 0)
+        self.features.append((round(source.x,1),round(source.y,1),round(source.partner,2),features))
+        row["reliability"] = classify.reliability(features, is_rejected=rejected)
+
+    def _wide_fluxes(self, rows: NDArray[Any]) -> None:
+        """Position by light where the PSF does not describe the source, then the flux in the wide aperture."""
+        image = np.ascontiguousarray(self._made.exposure.image)
+        sign = np.where(rows["isNegative"], -1.0, 1.0)
+        for way in (1.0, -1.0):
+            poor = np.flatnonzero((sign == way) & (rows["psfChi2"] > 2.0) & (rows["snr"] > 15.0))
+            if len(poor):
+                x, y = windowed_centroid(
+                    image * np.float32(way), rows["x"][poor], rows["y"][poor], self._fwhm / 2.355, 10
+                )
+                near = np.hypot(x - rows["x"][poor], y - rows["y"][poor]) < self._fwhm
+                rows["x"][poor[near]], rows["y"][poor[near]] = x[near], y[near]
+        bad = (self._mask & UNUSABLE) > 0
+        fraction = np.maximum(rows["flux"], 0.1)
+        flux, flux_err, _ = aperture_photometry(image, self._variance, bad, rows["x"], rows["y"], self._wide)
+        rows["flux"], rows["fluxErr"] = flux / fraction, flux_err / fraction
+
+    def _noise_above(self, peak_snr: float) -> float:
+        count, slope = self.tails[0] if peak_snr > 0 else self.tails[1]
+        return float(count * np.exp(-(abs(peak_snr) - 4.5) / slope))
+
+    def _masked_light(self, x: int, y: int) -> float:
+        """Part of the PSF on unusable pixels, or closeness to a saturated star's halo if that is worse."""
+        half = self._made.psf.half
+        ny, nx = self._mask.shape
+        y0, y1, x0, x1 = max(y - half, 0), min(y + half + 1, ny), max(x - half, 0), min(x + half + 1, nx)
+        stamp = self._made.psf(x, y)[y0 - y + half : y1 - y + half, x0 - x + half : x1 - x + half]
+        light = float(stamp[(self._mask[y0:y1, x0:x1] & UNUSABLE) == 0].sum())
+        return float(max(np.clip(1.0 - light - 0.02, 0, 1), self._saturated[y, x]))
+
+    def _direct_fluxes(self, rows: NDArray[Any]) -> None:
+        for name, exposure, psf in (
+            ("scienceFlux", self._made.science, self._made.science_psf),
+            ("templateFlux", self._made.template, self._made.template_psf),
+        ):
+            fluxes = forced_psf_photometry(
+                exposure.image, exposure.variance, exposure.mask, psf, rows["x"], rows["y"],
+                bad_bits=int(MaskPlane.BAD | MaskPlane.NO_DATA),
+            )  # fmt: skip
+            factor = self._template_factor() if name == "templateFlux" else 1.0
+            rows[name], rows[name + "Err"] = fluxes.flux * factor, fluxes.flux_err * factor
+
+    def _template_factor(self) -> float:
+        """Template fluxes in science units."""
+        kernel_sum = self._made.solution.metrics["sum"]
+        return 1.0 / kernel_sum if self._made.is_science_convolved else kernel_sum
+
+
+def _brightest_nearby(made: Difference, fwhm: float) -> NDArray[np.float32]:
+    """PSF-like flux of the brightest template (or, where it is brighter, unchanged) light within 1.5 FWHM."""
+    kernel_sum = made.solution.metrics["sum"]
+    factor = 1.0 / kernel_sum if made.is_science_convolved else kernel_sum
+    radius = max(1, round(0.5 * fwhm))
+    disk = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1)).astype(np.float32)
+    image = np.where(np.isfinite(made.template.image), made.template.image, 0).astype(np.float32)
+    flux = cv2.filter2D(image * np.float32(factor), cv2.CV_32F, disk, borderType=cv2.BORDER_CONSTANT)
+    reach = max(1, round(1.5 * fwhm))
+    return np.asarray(cv2.dilate(flux, np.ones((2 * reach + 1, 2 * reach + 1), np.uint8)))
+
+
+def _saturation_reach(mask: NDArray[np.uint16], fwhm: float) -> NDArray[np.float32]:
+    """0…0.3: closeness to a saturated star, whose halo reaches farther the larger its core is."""
+    saturated = ((mask & (MaskPlane.SAT | MaskPlane.SAT_TEMPLATE)) > 0).astype(np.uint8)
+    out = np.zeros(mask.shape, dtype=np.float32)
+    count, _, stats, centres = cv2.connectedComponentsWithStats(saturated)
+    ny, nx = mask.shape
+    for index in range(1, count):
+        area = int(stats[index, 4])
+        if area < 4:
+            continue
+        core = np.sqrt(area / np.pi)
+        reach = 2.0 * core + 2.5 * fwhm
+        cx, cy = centres[index]
+        y0, y1, x0, x1 = (
+            max(int(cy - reach), 0), min(int(cy + reach) + 2, ny), max(int(cx - reach), 0), min(int(cx + reach) + 2, nx)
+        )  # fmt: skip
+        distance = np.hypot(np.arange(x0, x1)[None, :] - cx, np.arange(y0, y1)[:, None] - cy)
+        value = 0.3 * np.clip((reach - distance) / max(reach - core, 1.0), 0, 1)
+        out[y0:y1, x0:x1] = np.maximum(out[y0:y1, x0:x1], value)
+    return out
+
+
+def _without_doubles(rows: NDArray[Any], reach: float) -> NDArray[Any]:
+    """Of two peaks of one sign whose fits met at one place, the more significant stays."""
+    from scipy.spatial import cKDTree
+
+    if len(rows) < 2:
+        return rows
+    order = np.argsort(-rows["snr"], kind="stable")
+    rows = rows[order]
+    keep = np.ones(len(rows), dtype=bool)
+    pairs = cKDTree(np.stack([rows["x"], rows["y"]], axis=1)).query_pairs(reach)
+    for first, second in sorted(pairs):
+        if keep[first] and rows["isNegative"][first] == rows["isNegative"][second]:
+            keep[second] = False
+    return rows[keep]
