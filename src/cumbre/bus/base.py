@@ -156,7 +156,7 @@ class Bus(ABC):
         since_tai: float | None = None,
         until_tai: float | None = None,
     ) -> Iterator[Message]:
-        """Everything stored up to now, in order: ``since_tai <= snd_tai < until_tai``, all topics for None."""
+        """Everything stored up to now in order, ``since_tai <= snd_tai < until_tai``; all topics for None."""
 
     @abstractmethod
     def prune(self, older_than_tai: float) -> int:
@@ -212,7 +212,7 @@ class Bus(ABC):
         if known.kind != "command":
             raise UserError(f"topic {topic} is {known.kind}, not command")
         with self.subscribe([f"{known.component}.{ACK_TOPIC}"], start="now") as answers:
-            command = self._outgoing(topic, fields or {}, index=index, kind="command")
+            command = self._outgoing(topic, fields or {}, index=index)
             self._append([command])
             deadline = time.monotonic() + timeout_s
             while (left := deadline - time.monotonic()) > 0:
@@ -243,9 +243,7 @@ class Bus(ABC):
         ack = self.topics[f"{known.component}.{ACK_TOPIC}"]
         self._append([self._stamped(ack, ack.complete(answer), index=message.index, seq_num=message.seq_num)])
 
-    def _outgoing(
-        self, topic: str, fields: Mapping[str, Any], *, index: int, key: str = "", kind: str | None = None
-    ) -> Outgoing:
+    def _outgoing(self, topic: str, fields: Mapping[str, Any], *, index: int, key: str = "") -> Outgoing:
         known = self.topics[topic]
         if known.kind in ("stream", "ack"):
             raise UserError(

@@ -1,8 +1,8 @@
 """The embedded bus: a durable log in one SQLite file, written and read by several processes.
 
 Writers append in one transaction each (WAL: readers never wait for writers nor writers for readers). Readers
-look at ``PRAGMA data_version``, a counter in shared memory, every 2 to 25 ms: often after a message, seldom in
-silence; readers in the writer's own process are woken at once. See docs/decisions/0002-bus.md.
+look at ``PRAGMA data_version``, a counter in shared memory, every 2 to 25 ms: often after a message, seldom
+in silence; readers in the writer's own process are woken at once. See docs/decisions/0002-bus.md.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+import weakref
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from cumbre.bus.base import Bus, Outgoing, Start, Subscription
 from cumbre.bus.messages import Message
@@ -26,7 +27,6 @@ from cumbre.core.time import Clock
 BUSY_TIMEOUT_S = 30.0
 POLL_MIN_S, POLL_MAX_S = 0.002, 0.025
 REPLAY_CHUNK = 1000
-T = TypeVar("T")
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS log (
@@ -95,7 +95,7 @@ class SqliteBus(Bus):
     Parameters
     ----------
     path
-        The file; it and its folder are made when missing. It must be on a local disk (WAL uses shared memory).
+        The file; it and its folder are made when missing. Local disks only: WAL uses shared memory.
     """
 
     def __init__(
@@ -105,6 +105,8 @@ class SqliteBus(Bus):
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._db = _connect(path)
+        weakref.finalize(self, self._db.close)
+        self._readers: weakref.WeakSet[_SqliteSubscription] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._published = threading.Condition()
         self._serial = 0
@@ -134,8 +136,8 @@ class SqliteBus(Bus):
 
     def _append(self, messages: list[Outgoing]) -> list[int]:
         rows = [
-            (m.topic.name, m.topic.kind, m.index, m.key, m.snd_tai, m.snd_utc, m.seq_num, m.identity, m.origin,
-             _encode(m.fields), m.payload or None)
+            (m.topic.name, m.topic.kind, m.index, m.key, m.snd_tai, m.snd_utc, m.seq_num, m.identity,
+             m.origin, _encode(m.fields), m.payload or None)
             for m in messages
         ]  # fmt: skip
         offsets = []
@@ -233,17 +235,16 @@ class SqliteBus(Bus):
         rows = self._rows("SELECT seq FROM sqlite_sequence WHERE name = 'log'")
         return int(rows[0][0]) if rows else 0
 
-    def _wait(self, seen: Callable[[], bool], deadline: float) -> None:
-        """Sleep until ``seen`` or the deadline: woken at once by this process, by looking for the others."""
-        pause = POLL_MIN_S
-        while not seen() and (left := deadline - time.monotonic()) > 0:
-            with self._published:
-                serial = self._serial
-                self._published.wait_for(lambda: self._serial != serial, min(pause, left))
-            pause = min(pause * 1.3, POLL_MAX_S)
+    def _pause(self, seconds: float) -> None:
+        """Sleep, woken at once when this process publishes."""
+        with self._published:
+            serial = self._serial
+            self._published.wait_for(lambda: self._serial != serial, seconds)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file and the subscriptions still open."""
+        for reader in list(self._readers):
+            reader.close()
         with self._lock:
             self._db.close()
 
@@ -256,8 +257,10 @@ class _SqliteSubscription(Subscription):
         self._names = [topic.name for topic in topics]
         self._consumer = consumer
         self._db = _connect(bus.path)
+        weakref.finalize(self, self._db.close)
+        bus._readers.add(self)
         self._version: int | None = None
-        self._returned = 0
+        self._backlog_returned = 0
         self._floors: dict[str, int] = {}
         self._backlog: list[Any] = []
         with bus._writing() as db:
@@ -295,15 +298,11 @@ class _SqliteSubscription(Subscription):
 
     def _changed(self) -> bool:
         version = self._db.execute("PRAGMA data_version").fetchone()[0]
-        if version == self._version:
-            return False
+        changed = version != self._version
         self._version = version
-        return True
+        return bool(changed)
 
     def _fetch(self, limit: int) -> list[Any]:
-        if self._backlog:
-            taken, self._backlog = self._backlog[:limit], self._backlog[limit:]
-            return taken
         # one read transaction: what is beyond the last row found is known not to be ours
         self._db.execute("BEGIN")
         try:
@@ -318,40 +317,55 @@ class _SqliteSubscription(Subscription):
         self._position = rows[-1][0] if len(rows) == limit else max(end, self._position)
         return [row for row in rows if row[0] > self._floors[row[1]]]
 
+    def _next(self, limit: int) -> list[Message]:
+        """Messages at hand: last values first, then the log page by page until one has something for us."""
+        while self._backlog:
+            taken, self._backlog = self._backlog[:limit], self._backlog[limit:]
+            self._backlog_returned = taken[-1][0]
+            if messages := [message for row in taken if (message := self._bus._message(row))]:
+                return messages
+        while True:
+            before = self._position
+            rows = self._fetch(limit)
+            if messages := [message for row in rows if (message := self._bus._message(row))]:
+                return messages
+            if self._position == before:
+                return []
+
     def poll(self, timeout_s: float = 0.0, limit: int = 500) -> list[Message]:
         """Next messages; see :meth:`Subscription.poll`."""
         deadline = time.monotonic() + timeout_s
-        full = True
+        pause = POLL_MIN_S
+        # a page may have more behind it although nothing changed since: the first look is unconditional
+        look = True
         while True:
-            # a full page may have more behind it although nothing changed
-            if full or self._changed():
+            if look:
                 self._changed()
-                before = self._position
-                rows = self._fetch(limit)
-                messages = [message for row in rows if (message := self._bus._message(row))]
-                if messages:
-                    self._returned = messages[-1].offset
+                if messages := self._next(limit):
                     return messages
-                full = self._position != before
-                continue
-            if time.monotonic() >= deadline:
+            left = deadline - time.monotonic()
+            if left <= 0:
                 return []
-            self._bus._wait(lambda: self._peek(), deadline)
-
-    def _peek(self) -> bool:
-        return bool(self._db.execute("PRAGMA data_version").fetchone()[0] != self._version)
+            self._bus._pause(min(pause, left))
+            pause = min(pause * 1.3, POLL_MAX_S)
+            look = self._changed()
 
     def commit(self, message: Message | None = None) -> None:
-        """What was returned (up to ``message``) is done; see :meth:`Subscription.commit`."""
-        done = self._returned if message is None else message.offset
+        """Mark what was returned (up to ``message``) as done; see :meth:`Subscription.commit`."""
         if self._consumer is None:
             return
-        waiting = int(done < self._backlog_end)
-        if message is None and not self._backlog and not waiting:
-            done = max(done, self._position)  # others' messages behind the last of ours need no second look
+        if message is None:
+            done, waiting = self._position, self._backlog_returned < self._backlog_end
+        elif message.offset <= self._floors[message.topic]:
+            done, waiting = (
+                0,
+                message.offset < self._backlog_end,
+            )  # one of the last values: no place in the log
+        else:
+            done, waiting = message.offset, False
         with self._bus._writing() as db:
             for name in self._names:
-                db.execute(_COMMIT, (self._consumer, name, done, waiting))
+                db.execute(_COMMIT, (self._consumer, name, done, int(waiting)))
 
     def close(self) -> None:
         """Close the reader's connection."""

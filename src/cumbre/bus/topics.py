@@ -197,11 +197,11 @@ class Topic:
         UserError
             A field that the topic does not have, or a value of another type.
         """
-        for field in fields:
-            if field not in self.fields:
-                near = difflib.get_close_matches(field, self.fields, n=1)
+        for given in fields:
+            if given not in self.fields:
+                near = difflib.get_close_matches(given, self.fields, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(self.fields)}"
-                raise UserError(f"topic {self.name} has no field {field!r}{hint}")
+                raise UserError(f"topic {self.name} has no field {given!r}{hint}")
         done: dict[str, Any] = {}
         for name, field in self.fields.items():
             value = fields.get(name)
@@ -222,21 +222,26 @@ class Topic:
         return done, [name for name in fields if name not in self.fields]
 
     def last_key(self, fields: Mapping[str, Any]) -> str:
-        """What tells whose last value this is, beside the index."""
+        """Text that tells whose last value this is, beside the index."""
         return ":".join(str(fields[name]) for name in self.last_by)
+
+
+_ACK_CODES = (
+    "300 ack, 301 in progress, 302 stalled, 303 complete; -300 no permission, -301 no answer, -302 failed, "
+    "-303 aborted, -304 timeout"
+)
 
 
 def _ack_fields() -> dict[str, FieldModel]:
     texts = {
-        "ack": ("int", "300 ack, 301 in progress, 302 stalled, 303 complete; -300 no permission, "
-                "-301 no answer, -302 failed, -303 aborted, -304 timeout"),
+        "ack": ("int", _ACK_CODES),
         "error": ("int", "Error number of a failed command"),
         "result": ("string", "Result or reason"),
         "identity": ("string", "Who issued the command"),
         "origin": ("int", "Process id of the issuer"),
         "cmdtype": ("int", "Index of the command in the component's sorted list of topics"),
         "timeout": ("double", "Seconds more that a command in progress expects to take"),
-    }  # fmt: skip
+    }
     return {
         name: FieldModel(type=kind, description=text, unit="s" if name == "timeout" else "")
         for name, (kind, text) in texts.items()
