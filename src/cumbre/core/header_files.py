@@ -13,7 +13,7 @@ from cumbre.core.instrument import Instrument
 _COMMENTARY = ("COMMENT", "HISTORY", "")
 
 
-def _plain(header: Any) -> dict[str, Any]:
+def plain_header(header: Any) -> dict[str, Any]:
     """Keyword → value without commentary; unreadable cards are left out."""
     out: dict[str, Any] = {}
     for card in header.cards:
@@ -47,9 +47,9 @@ def read_headers(path: Path, *, primary_only: bool = False) -> list[dict[str, An
                 with path.open("rb") as stream:
                     if stream.read(6) == b"SIMPLE":
                         stream.seek(0)
-                        return [_plain(fits.Header.fromfile(stream))]
+                        return [plain_header(fits.Header.fromfile(stream))]
             with fits.open(path, memmap=False, lazy_load_hdus=True) as hdus:
-                return [_plain(hdu.header) for hdu in (hdus[:1] if primary_only else hdus)]
+                return [plain_header(hdu.header) for hdu in (hdus[:1] if primary_only else hdus)]
         except (OSError, ValueError, TypeError, EOFError, fits.VerifyError) as error:
             raise BadFileError(f"{path}: not a readable FITS file: {error}") from error
 
