@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from cumbre.bus import Bus, open_bus
 from cumbre.core.configuration import Site
-from cumbre.core.errors import NotFoundError
+from cumbre.core.errors import ConfigurationError, NotFoundError
 from cumbre.core.time import Clock
 
 if TYPE_CHECKING:
@@ -172,7 +172,15 @@ def factories(site: Site) -> dict[str, Factory]:
     if site.config.places["archive"].repository:
         out["embargo"] = _ingest("archive")
     out |= {"prompt": _prompt, "relay": _relay, "web": _web}
-    return out
+    wanted = site.config.roles
+    if wanted is None:
+        return out
+    unknown = sorted(set(wanted) - set(out))
+    if unknown:
+        raise ConfigurationError(
+            f"{site.root}/site.yaml: roles = {unknown}: expected some of {', '.join(out)}, or null for all"
+        )
+    return {name: make for name, make in out.items() if name in wanted}
 
 
 def roles_of(site: Site) -> list[str]:

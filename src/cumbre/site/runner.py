@@ -26,13 +26,17 @@ log = logging.getLogger("cumbre")
 STEP_S = 0.5
 HEARTBEAT_S = 1.0
 MAX_PAUSE_S = 5.0
+PARENT_VARIABLE = "CUMBRE_SUPERVISOR"
 _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
     """Ask the kernel to stop this process when the supervisor dies, however it dies."""
     with contextlib.suppress(OSError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    parent = os.environ.get(PARENT_VARIABLE)
+    if parent is not None and os.getppid() != int(parent):
+        sys.exit(0)  # it died before we could ask
 
 
 def configure_logging(name: str) -> None:

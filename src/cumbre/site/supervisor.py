@@ -24,7 +24,7 @@ import psutil
 from cumbre.core.configuration import Site
 from cumbre.core.errors import ConflictError, DeadlineError
 from cumbre.site.roles import roles_of
-from cumbre.site.runner import configure_logging
+from cumbre.site.runner import PARENT_VARIABLE, configure_logging
 
 log = logging.getLogger("cumbre")
 
@@ -105,7 +105,7 @@ class Supervisor:
             stdin=subprocess.DEVNULL,
             stdout=logfile,
             stderr=logfile,
-            env=os.environ | THREADS,
+            env=os.environ | THREADS | {PARENT_VARIABLE: str(os.getpid())},
         )
         logfile.close()
         child.pid, child.state, child.started_s = child.process.pid, "running", time.monotonic()
@@ -140,7 +140,7 @@ class Supervisor:
         """Write the state file."""
         path = self.site.root / STATE_FILE
         temporary = path.with_suffix(".tmp")
-        state = {
+        state: dict[str, Any] = {
             "pid": os.getpid(),
             "services": [child.public() for child in self.children],
         }
@@ -206,7 +206,19 @@ def read_state(site: Site) -> dict[str, Any] | None:
         state: dict[str, Any] = json.loads((site.root / STATE_FILE).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    return state if psutil.pid_exists(int(state["pid"])) else None
+    return state if alive(int(state["pid"])) else None
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that ended and waits for its parent does not."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+_detached: list[subprocess.Popen[bytes]] = []
+"""Supervisors started here; they outlive us on purpose, so nobody waits for them."""
 
 
 def start_detached(site: Site, *, wait_s: float = 60.0) -> dict[str, Any]:
@@ -232,6 +244,7 @@ def start_detached(site: Site, *, wait_s: float = 60.0) -> dict[str, Any]:
             start_new_session=True,
             env=os.environ | THREADS,
         )
+    _detached.append(process)
     deadline = time.monotonic() + wait_s
     while time.monotonic() < deadline:
         state = read_state(site)
