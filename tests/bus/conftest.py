@@ -48,7 +48,9 @@ def _silent():  # type: ignore[no-untyped-def]
     return logger
 
 
-KINDS = ["embedded", "kafka-mock", "kafka"]
+EXTERNAL = os.environ.get("CUMBRE_TEST_KAFKA", "")
+"""host:port of a real broker to run the contract against as well; topics test.* are made on it."""
+KINDS = ["embedded", "kafka-mock", *(["kafka"] if EXTERNAL else [])]
 
 
 @pytest.fixture(params=KINDS)
@@ -62,10 +64,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[.
         servers = request.getfixturevalue("mock_servers")
         url = f"kafka://{servers}?prefix={prefix}&create=no&fetch.wait.max.ms=10&enable.idempotence=false"
     else:
-        servers = os.environ.get("CUMBRE_TEST_KAFKA", "")
-        if not servers:
-            pytest.skip("CUMBRE_TEST_KAFKA=host:port is not set: no external broker")
-        url = f"kafka://{servers}?prefix={prefix}"
+        url = f"kafka://{EXTERNAL}?prefix={prefix}"
     opened = Place(url)
     yield opened
     opened.close()

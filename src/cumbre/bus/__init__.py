@@ -45,7 +45,7 @@ def open_bus(
     """
     parts = urlsplit(url)
     options = dict(parse_qsl(parts.query))
-    if parts.scheme == "sqlite" and parts.path.startswith("/") and not options:
+    if parts.scheme == "sqlite" and not parts.netloc and parts.path.startswith("/") and not options:
         from cumbre.bus.embedded import SqliteBus
 
         return SqliteBus(Path(parts.path), identity=identity, clock=clock, topics=topics)

@@ -282,16 +282,21 @@ class _SqliteSubscription(Subscription):
                 self._floors[topic.name] = floor
                 if waiting:
                     # last values as of the first subscription; newer ones come as ordinary messages
-                    pending.append((topic.name, floor))
+                    pending.append((topic, floor))
                 if consumer is not None:
                     # written at once: a crash before the first commit must not move the start
                     db.execute(_COMMIT, (consumer, topic.name, floor, waiting))
-            for name, floor in pending:
-                self._backlog += db.execute(
-                    f"SELECT {_COLUMNS} FROM log WHERE offset IN"  # noqa: S608
-                    " (SELECT offset FROM last WHERE topic = ? AND offset <= ?)",
-                    (name, floor),
-                ).fetchall()
+            values: tuple[Any, ...]
+            for topic, floor in pending:
+                if topic.name not in stored:
+                    chosen, values = "SELECT offset FROM last WHERE topic = ?", (topic.name,)
+                else:
+                    # resumed before they were done: `last` may have moved on since
+                    chosen = "SELECT max(offset) FROM log WHERE topic = ? AND offset <= ?"
+                    chosen += " GROUP BY idx, key" if topic.last_by else " GROUP BY idx"
+                    values = (topic.name, floor)
+                query = f"SELECT {_COLUMNS} FROM log WHERE offset IN ({chosen})"  # noqa: S608
+                self._backlog += db.execute(query, values).fetchall()
         self._backlog.sort(key=lambda row: row[0])
         self._backlog_end = self._backlog[-1][0] if self._backlog else 0
         self._position = min(self._floors.values())

@@ -29,6 +29,7 @@ from cumbre.bus.schemas import SCHEMA_TOPIC, RegistrySchemas, Schemas, TopicSche
 from cumbre.bus.topics import Topic, TopicCatalog
 from cumbre.core.errors import (
     ConfigurationError,
+    FatalError,
     TransientError,
     UnprocessableDataError,
     UserError,
@@ -186,6 +187,8 @@ class KafkaBus(Bus):
 
     def _writer(self) -> Producer:
         with self._lock:
+            if self._closed.is_set():
+                raise FatalError(f"bus of {self.identity}: published after close")
             if self._producer is None:
                 self._producer = Producer(
                     {
@@ -434,6 +437,7 @@ class KafkaBus(Bus):
             self._poller.join(TIMEOUT_S)
         if self._producer is not None:
             self._producer.flush(TIMEOUT_S)
+        self._producer = None
 
 
 class _KafkaSubscription(Subscription):
