@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -175,19 +176,24 @@ class AnnouncedVisit:
                 f"nextVisit {group_id}: coordinateSystem {fields.get('coordinateSystem')}, "
                 f"position {position}: expected ICRS (2) with right ascension and declination in degrees"
             )
-        angle = float(fields.get("cameraAngle", 0.0))
         return cls(
             group_id,
             instrument,
             float(position[0]),
             float(position[1]),
-            angle,
+            _finite(fields.get("cameraAngle")),
             str(fields.get("filters", "")),
-            float(fields.get("startTime", 0.0)),
-            float(fields.get("duration", 0.0)),
+            _finite(fields.get("startTime")),
+            _finite(fields.get("duration")),
             int(fields.get("nimages", 0)),
             str(fields.get("survey", "")),
         )
+
+
+def _finite(value: Any) -> float:
+    """Turn a field into a number; what the sender left out (NaN on the bus) is 0."""
+    number = float(value or 0.0)
+    return number if math.isfinite(number) else 0.0
 
 
 def new_group_id(now_tai_s: float, last: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -58,6 +59,21 @@ MIGRATIONS = [
 _COLUMNS = "id, kind, function, payload, priority, deadline_tai, affinity, max_attempts"
 
 
+def _json(value: Any) -> str:
+    """JSON as PostgreSQL takes it: numbers that are not finite become null."""
+
+    def clean(item: Any) -> Any:
+        if isinstance(item, float) and not math.isfinite(item):
+            return None
+        if isinstance(item, dict):
+            return {str(key): clean(inner) for key, inner in item.items()}
+        if isinstance(item, list | tuple):
+            return [clean(inner) for inner in item]
+        return item
+
+    return json.dumps(clean(value))
+
+
 def _job(row: tuple[Any, ...]) -> Job:
     return Job(row[0], row[1], row[2], row[3], Priority(row[4]), row[5], row[6], row[7])
 
@@ -75,7 +91,7 @@ class JobStore:
             f"INSERT INTO orchestration.job ({_COLUMNS}, state, created_tai)"  # noqa: S608
             " VALUES (%s, %s, %s, %s, %s, %s, %s, %s, 'queued', %s) ON CONFLICT (id) DO NOTHING RETURNING id",
             (
-                job.id, job.kind, job.function, json.dumps(job.payload), int(job.priority), job.deadline_tai,
+                job.id, job.kind, job.function, _json(job.payload), int(job.priority), job.deadline_tai,
                 job.affinity, job.max_attempts, now_tai,
             ),
         )  # fmt: skip
@@ -136,7 +152,7 @@ class JobStore:
             link.execute(
                 "UPDATE orchestration.job SET state = %s, outcome = %s, message = %s, log_tail = %s,"
                 " worker = %s, wall_s = %s, result = %s, ended_tai = %s, lease_until_tai = 0 WHERE id = %s",
-                (str(state), *outcome, json.dumps(result.value), now_tai, job_id),
+                (str(state), *outcome, _json(result.value), now_tai, job_id),
             )
 
     def cancel(self, job_id: str, now_tai: float) -> bool:
