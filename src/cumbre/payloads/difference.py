@@ -275,8 +275,10 @@ def _kernel(
     needed = np.sqrt(max(fixed_fwhm**2 - moved_fwhm**2, 0.0)) / 2.355
     scale = float(np.clip(max(fixed_fwhm / 4.0, needed / 1.5), 0.6, 3.5))
     sigmas = (0.7 * scale, 1.5 * scale, 3.0 * scale)
-    half = int(np.clip(round(10 * scale), 6, 30, ))
-    fit_half = int(np.clip(round(2.4 * fixed_fwhm), 7, 25))
+    half = int(np.clip(round(10 * scale), 6, 30))
+    if min(shape) < 400:
+        half = min(half, max(6, round(2.4 * sigmas[2])))
+    fit_half = int(np.clip(round((2.4 if min(shape) >= 400 else 1.8) * fixed_fwhm), 7, 25))
     margin = half + fit_half
     inside = (
         (stars.x[common] > margin) & (stars.y[common] > margin)
@@ -311,10 +313,15 @@ def _mask(
     saturated = (template.mask & MaskPlane.SAT) > 0
     mask[gap] |= np.uint16(MaskPlane.NO_DATA)
     mask[saturated] |= np.uint16(MaskPlane.SAT_TEMPLATE)
-    if is_science_convolved:
-        mask[result.touched & ((mask & UNUSABLE) == 0)] |= np.uint16(MaskPlane.SAT)
-    else:
-        mask[result.touched & ((mask & UNUSABLE) == 0)] |= np.uint16(MaskPlane.SAT_TEMPLATE)
+    moved = science if is_science_convolved else template
+    bit = MaskPlane.SAT if is_science_convolved else MaskPlane.SAT_TEMPLATE
+    reached = result.touched & ((mask & UNUSABLE) == 0)
+    if reached.any():
+        # What the kernel spread was a gap or a saturated star: the nearer of the two names the pixel.
+        window = np.ones((2 * result.reach + 1, 2 * result.reach + 1), np.uint8)
+        near_star = cv2.dilate(((moved.mask & MaskPlane.SAT) > 0).astype(np.uint8), window) > 0
+        mask[reached & near_star] |= np.uint16(bit)
+        mask[reached & ~near_star] |= np.uint16(MaskPlane.NO_DATA)
     mask[~np.isfinite(science.image)] |= np.uint16(MaskPlane.NO_DATA)
     return np.asarray(mask)
 
@@ -329,7 +336,9 @@ def _residual_background(image: FloatImage, bad: NDArray[np.bool_]) -> FloatImag
     masked = bad | (np.abs(image - np.median(sky)) > 4 * rms)
     box = int(np.clip(min(ny, nx) // 12, 48, 128))
     fitted = sep.Background(np.ascontiguousarray(image), mask=masked, bw=box, bh=box, fw=3, fh=3)
-    return np.asarray(fitted.back(), dtype=np.float32)
+    back = np.asarray(fitted.back(), dtype=np.float32)
+    # The mesh gives the mode; where the noise is skewed (medians of few frames) fluxes need the mean.
+    return back + np.float32(np.mean((image - back)[~masked]))
 
 
 def _calibrated_variance(
@@ -355,4 +364,6 @@ def _match_error(
     good = ((mask[yi, xi] & UNUSABLE) == 0) & (whole > 0)
     if good.sum() < 5:
         return 0.05
-    return float(np.clip(1.4826 * np.median(np.abs(left[good] / whole[good])), 0.005, 0.1))
+    # A few stars were all used in the fit: what they leave is less than what others will.
+    least = 0.01 if good.sum() >= 20 else 0.04
+    return float(np.clip(1.4826 * np.median(np.abs(left[good] / whole[good])), least, 0.1))

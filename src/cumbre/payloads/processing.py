@@ -143,7 +143,6 @@ def process_pair(
     measurer = _Measurer(made, snr, scale, fwhm)
     sources = measurer.table(x, y)
     metrics = dict(made.metrics)
-    process_pair.features = measurer.features
     metrics |= {
         "snr_scale": scale,
         "n_peaks": float(keep.sum()),
@@ -198,7 +197,6 @@ class _Measurer:
         streak = (exposure.mask & MaskPlane.STREAK) > 0
         on_streak = np.abs(snr[streak])
         self._streak_level = float(np.median(on_streak[on_streak > 3])) if (on_streak > 3).any() else 0.0
-        self.features=[]
         self._psf_shape: dict[int, tuple[float, float, float]] = {}
 
     def table(self, x: NDArray[np.intp], y: NDArray[np.intp]) -> NDArray[Any]:
@@ -210,7 +208,7 @@ class _Measurer:
             )  # fmt: skip
             self._fill(rows[index], source, float(self._snr[py, px]), px, py)
         self._wide_fluxes(rows)
-        rows = _without_doubles(rows, 0.5 * self._fwhm)
+        rows = _without_doubles(rows, self._fwhm)
         self._direct_fluxes(rows)
         rows["id"] = np.arange(1, len(rows) + 1)
         wcs = self._made.exposure.wcs
@@ -276,7 +274,6 @@ class _Measurer:
         rejected |= on_streak and abs(peak_snr) < 5.0 * self._streak_level
         # A difference that fits no PSF at its own peak (sign or place) is not a source.
         rejected |= bool(source.flux * peak_snr <= 0)
-        self.features.append((round(source.x,1),round(source.y,1),round(source.partner,2),features))
         row["reliability"] = classify.reliability(features, is_rejected=rejected)
 
     def _wide_fluxes(self, rows: NDArray[Any]) -> None:
@@ -287,7 +284,7 @@ class _Measurer:
             poor = np.flatnonzero((sign == way) & (rows["psfChi2"] > 2.0) & (rows["snr"] > 15.0))
             if len(poor):
                 x, y = windowed_centroid(
-                    image * np.float32(way), rows["x"][poor], rows["y"][poor], self._fwhm / 2.355, 10
+                    image * np.float32(way), rows["x"][poor], rows["y"][poor], self._fwhm * 0.6, 20
                 )
                 near = np.hypot(x - rows["x"][poor], y - rows["y"][poor]) < self._fwhm
                 rows["x"][poor[near]], rows["y"][poor[near]] = x[near], y[near]
@@ -343,26 +340,23 @@ def _saturation_reach(mask: NDArray[np.uint16], fwhm: float) -> NDArray[np.float
     """0…0.3: closeness to a saturated star, whose halo reaches farther the larger its core is."""
     saturated = ((mask & (MaskPlane.SAT | MaskPlane.SAT_TEMPLATE)) > 0).astype(np.uint8)
     out = np.zeros(mask.shape, dtype=np.float32)
-    count, _, stats, centres = cv2.connectedComponentsWithStats(saturated)
-    ny, nx = mask.shape
-    for index in range(1, count):
-        area = int(stats[index, 4])
-        if area < 4:
-            continue
-        core = np.sqrt(area / np.pi)
-        reach = 2.0 * core + 2.5 * fwhm
-        cx, cy = centres[index]
-        y0, y1, x0, x1 = (
-            max(int(cy - reach), 0), min(int(cy + reach) + 2, ny), max(int(cx - reach), 0), min(int(cx + reach) + 2, nx)
-        )  # fmt: skip
-        distance = np.hypot(np.arange(x0, x1)[None, :] - cx, np.arange(y0, y1)[:, None] - cy)
-        value = 0.3 * np.clip((reach - distance) / max(reach - core, 1.0), 0, 1)
-        out[y0:y1, x0:x1] = np.maximum(out[y0:y1, x0:x1], value)
-    return out
+    if not saturated.any():
+        return out
+    distance, nearest = cv2.distanceTransformWithLabels(
+        1 - saturated, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_CCOMP
+    )
+    # Labels of the transform number the connected saturated regions: their areas give the reach.
+    areas = np.bincount(nearest[saturated > 0], minlength=int(nearest.max()) + 1).astype(np.float32)
+    reach = np.where(areas >= 4, np.sqrt(areas / np.pi) + 2.5 * fwhm, 1e-3)[nearest]
+    return np.asarray(0.3 * np.clip(1.0 - distance / reach, 0, 1), dtype=np.float32)
 
 
-def _without_doubles(rows: NDArray[Any], reach: float) -> NDArray[Any]:
-    """Of two peaks of one sign whose fits met at one place, the more significant stays."""
+def _without_doubles(rows: NDArray[Any], fwhm: float) -> NDArray[Any]:
+    """Of two peaks of one sign that are one source the more significant stays.
+
+    One source: their fits met within half a FWHM, or neither looks like the PSF within 1.6 FWHM (a source whose
+    PSF is wider or more structured than the model breaks into lobes).
+    """
     from scipy.spatial import cKDTree
 
     if len(rows) < 2:
@@ -370,8 +364,11 @@ def _without_doubles(rows: NDArray[Any], reach: float) -> NDArray[Any]:
     order = np.argsort(-rows["snr"], kind="stable")
     rows = rows[order]
     keep = np.ones(len(rows), dtype=bool)
-    pairs = cKDTree(np.stack([rows["x"], rows["y"]], axis=1)).query_pairs(reach)
+    pairs = cKDTree(np.stack([rows["x"], rows["y"]], axis=1)).query_pairs(1.6 * fwhm)
     for first, second in sorted(pairs):
-        if keep[first] and rows["isNegative"][first] == rows["isNegative"][second]:
+        apart = np.hypot(rows["x"][first] - rows["x"][second], rows["y"][first] - rows["y"][second])
+        lobes = min(rows["psfChi2"][first], rows["psfChi2"][second]) > 3.0
+        same_sign = rows["isNegative"][first] == rows["isNegative"][second]
+        if keep[first] and same_sign and (apart < 0.5 * fwhm or lobes):
             keep[second] = False
     return rows[keep]

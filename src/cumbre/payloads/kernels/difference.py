@@ -82,8 +82,8 @@ class Subtraction:
     ----------
     image, variance
         float32 (ny, nx), in units of the science image.
-    touched
-        bool (ny, nx): pixels that a bad pixel of the convolved image reaches.
+    touched, reach
+        bool (ny, nx): pixels that a bad pixel of the convolved image reaches, at most ``reach`` pixels away.
     phi
         Function of x, y: the decorrelation kernel there (sum 1).
     matched
@@ -93,6 +93,7 @@ class Subtraction:
     image: NDArray[np.float32]
     variance: NDArray[np.float32]
     touched: NDArray[np.bool_]
+    reach: int
     phi: KernelField
     matched: NDArray[np.float32]
 
@@ -135,7 +136,7 @@ def subtract(
     if is_science_convolved:
         image *= np.float32(-1.0 / kernel_sum)
         variance *= np.float32(kernel_sum**-2)
-    touched = _reach(convolved_bad, middle)
+    touched, reach = _reach(convolved_bad, middle)
     phi: KernelField = _identity
     if decorrelate:
         usable = ~convolved_bad
@@ -143,7 +144,7 @@ def subtract(
         v_convolved = float(np.median(convolved_variance[usable][::17])) if usable.any() else 0.0
         phi = _PhiField(solution, v_fixed, v_convolved, phi_half)
         image = convolve_field(image.astype(np.float32), phi, phi_half, block=2 * BLOCK)
-    return Subtraction(image.astype(np.float32), variance.astype(np.float32), touched, phi, matched)
+    return Subtraction(image.astype(np.float32), variance.astype(np.float32), touched, reach, phi, matched)
 
 
 def _identity(_x: float, _y: float) -> NDArray[np.float64]:
@@ -168,7 +169,7 @@ class _PhiField:
         return self._cache[cell]
 
 
-def _reach(bad: NDArray[np.bool_], kernel: NDArray[np.float64]) -> NDArray[np.bool_]:
+def _reach(bad: NDArray[np.bool_], kernel: NDArray[np.float64]) -> tuple[NDArray[np.bool_], int]:
     """Bad pixels grown by the radius that holds 95 % of the kernel's absolute sum."""
     half = kernel.shape[0] // 2
     yy, xx = np.mgrid[-half : half + 1, -half : half + 1]
@@ -177,6 +178,6 @@ def _reach(bad: NDArray[np.bool_], kernel: NDArray[np.float64]) -> NDArray[np.bo
     cumulative = np.cumsum(np.abs(kernel).ravel()[order])
     reach = int(np.ceil(radius[order][np.searchsorted(cumulative, 0.95 * cumulative[-1])]))
     if reach == 0 or not bad.any():
-        return bad.copy()
+        return bad.copy(), reach
     shape = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * reach + 1, 2 * reach + 1))
-    return np.asarray(cv2.dilate(bad.astype(np.uint8), shape) > 0)
+    return np.asarray(cv2.dilate(bad.astype(np.uint8), shape) > 0), reach

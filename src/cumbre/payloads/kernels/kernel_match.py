@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from cumbre.core.errors import NoWorkFoundError
 
 Float64 = NDArray[np.float64]
-MIN_STAMPS = 4
+MIN_STAMPS = 3
 _RIDGE = 1e-10
 
 
@@ -214,7 +214,7 @@ def fit_kernel(
     Raises
     ------
     NoWorkFoundError
-        Fewer than four usable stamps.
+        Fewer than three usable stamps.
     """
     stamps, kept = [], []
     for index, (x, y) in enumerate(positions):
