@@ -37,7 +37,7 @@ GALAXY_MAG = (15.5, 23.5)
 STAR_SLOPE, GALAXY_SLOPE = 0.17, 0.35
 STARS_DEG2_R22 = 2200.0
 GALAXIES_DEG2_MAG_R20 = 1250.0
-TRANSIENT_MAG = (18.7, 22.2)
+TRANSIENT_MAG = (18.7, 21.8)
 """r magnitudes of supernovae on the first night: about SNR 100 to 8 in 30 s of a 1.2 m telescope."""
 MARGIN_DEG = 0.03
 ASTEROID_MARGIN_DEG = 0.12
@@ -130,7 +130,7 @@ def _galaxies(rng: np.random.Generator, tile: Tile, radius: float) -> Table:
 
 
 def _supernovae(
-    rng: np.random.Generator, tile: Tile, radius: float, galaxies: Table, density: float, start_tai: float
+    rng: np.random.Generator, radius: float, galaxies: Table, density: float, start_tai: float
 ) -> Table:
     """Supernovae in galaxies of this tile, bright on the first night, not yet there a month before it."""
     n = int(rng.poisson(density * np.pi * radius**2))
@@ -252,7 +252,6 @@ def make_catalogue(
         galaxies = _galaxies(generator(*names, "galaxies"), tile, field + MARGIN_DEG)
         supernovae = _supernovae(
             generator(*names, "supernovae"),
-            tile,
             field + MARGIN_DEG,
             galaxies,
             config.transients_per_detector / area,

@@ -147,7 +147,7 @@ def _chip(instrument_json: str, detector_id: int, seed: int) -> Chip:
     response.reshape(-1)[dead] *= rng.uniform(0.0, 0.5, dead.size).astype(np.float32)
     defects.reshape(-1)[hot] = True
     defects.reshape(-1)[dead] = True
-    for _ in range(max(int(round(3 * nx / 1024)), 1)):
+    for _ in range(max(3 * nx // 1024, 1)):
         column = int(rng.integers(0, nx))
         amplifier = detector.amplifiers[int(rng.integers(0, len(detector.amplifiers)))].detector_box
         y0 = int(rng.integers(amplifier.y0, amplifier.y1))

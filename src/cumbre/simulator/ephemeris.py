@@ -139,7 +139,7 @@ def moon_vector_km(tai_s: float) -> FloatArray:
     venus, jupiter = np.deg2rad(119.75 + 131.849 * t), np.deg2rad(53.09 + 479264.290 * t)
     longitude += 3958 * np.sin(venus) + 1962 * np.sin(np.deg2rad(mean - arguments[3])) + 318 * np.sin(jupiter)
     latitude -= 2235 * np.sin(np.deg2rad(mean))
-    return distance * _j2000_from_ecliptic_of_date(mean + longitude / 1e6, latitude / 1e6, t)
+    return float(distance) * _j2000_from_ecliptic_of_date(mean + longitude / 1e6, latitude / 1e6, t)
 
 
 def moon_position(tai_s: float) -> tuple[float, float]:

@@ -156,7 +156,6 @@ def bleed(image, x0, x1, y0, y1, full_well):  # type: ignore[no-untyped-def]
                     image[k, i] += moved
                     excess -= moved
                 # A neighbour that is itself above full well is passed; its turn comes in the outer loop.
-    return
 
 
 @njit(cache=True, nogil=True)

@@ -180,11 +180,11 @@ def _offset(fixed: Chip, exposure: ExposureRequest, seed: int, detector: Detecto
     # Random walk that forgets after about 100 rows: what the overscan of each row is for.
     kicks = rng.normal(0, 0.08, (n, ny))
     rows = np.empty((n, ny))
-    state = rng.normal(0, 0.5, n)
-    for j in range(ny):
-        state = 0.99 * state + kicks[:, j]
-        rows[:, j] = state
-    return fixed.bias + (drift[:, None] + rows)[:, :, None].astype(np.float32)
+    rows[:, 0] = rng.normal(0, 0.5, n)
+    for j in range(1, ny):
+        rows[:, j] = 0.99 * rows[:, j - 1] + kicks[:, j]
+    level = (drift[:, None] + rows)[:, :, None].astype(np.float32)
+    return np.asarray(fixed.bias + level, np.float32)
 
 
 def render(

@@ -138,12 +138,12 @@ class Sky:
         a = tables["asteroids"]
         epoch = float(a["epoch_tai"][0]) if a["epoch_tai"].size else start_tai
         self.elements = orbits.Elements(
-            a["a_au"],
-            a["e"],
-            *(
-                np.deg2rad(a[k])
-                for k in ("inclination_deg", "node_deg", "perihelion_deg", "mean_anomaly_deg")
-            ),
+            a=a["a_au"],
+            e=a["e"],
+            inclination=np.deg2rad(a["inclination_deg"]),
+            node=np.deg2rad(a["node_deg"]),
+            perihelion=np.deg2rad(a["perihelion_deg"]),
+            mean_anomaly=np.deg2rad(a["mean_anomaly_deg"]),
             epoch_tai=epoch,
         )
 

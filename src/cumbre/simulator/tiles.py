@@ -6,7 +6,7 @@ import numpy as np
 
 from cumbre.core.configuration import Observatory
 from cumbre.core.geometry import airmass, horizontal_from_sky, separation_deg
-from cumbre.simulator.catalogue import Tile, galactic_latitude_deg
+from cumbre.simulator.catalogue import galactic_latitude_deg
 from cumbre.simulator.ephemeris import moon_position, sun_position
 
 HOURS_AHEAD = (0.0, 1.0, 2.0, 3.0)
@@ -55,7 +55,7 @@ def choose_tiles(observatory: Observatory, start_tai: float, n: int) -> list[tup
         worst
         + np.maximum(75.0 - moon, 0.0) / 25.0
         + np.maximum(35.0 - galactic, 0.0) / 15.0
-        + np.maximum(ecliptic - 12.0, 0.0) / 60.0
+        + np.maximum(ecliptic - 12.0, 0.0) / 30.0
     )
     chosen: list[tuple[str, float, float]] = []
     for k in np.argsort(cost, kind="stable"):

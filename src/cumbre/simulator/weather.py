@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cumbre.core.configuration import Observatory
-from cumbre.core.geometry import airmass, horizontal_from_sky, separation_deg
+from cumbre.core.geometry import airmass, horizontal_from_sky, separation_deg, sidereal_deg
 from cumbre.core.time import SECONDS_PER_DAY, day_obs_from_tai, day_obs_start_tai
 from cumbre.simulator import ephemeris
 from cumbre.simulator.randomness import generator
@@ -93,7 +93,8 @@ class Weather:
 
     def psf_fwhm_arcsec(self, tai_s: float, band: str, air: float) -> float:
         """FWHM of star images: seeing × airmass^0.6 × (wavelength / 500 nm)^-0.2."""
-        return self.seeing_arcsec(tai_s) * air**0.6 * (WAVELENGTH_NM.get(band, 500.0) / 500.0) ** -0.2
+        colour = (WAVELENGTH_NM.get(band, 500.0) / 500.0) ** -0.2
+        return float(self.seeing_arcsec(tai_s) * air**0.6 * colour)
 
     def throughput(self, tai_s: float, band: str, air: float) -> float:
         """Part of the light above the atmosphere that reaches the telescope."""
@@ -149,7 +150,7 @@ class Weather:
         o = self.observatory
         hour = (tai_s / 3600.0 + o.longitude_deg / 15.0) % 24.0
         temperature = 11.0 - o.elevation_m * 0.0015 + 3.5 * np.cos(2 * np.pi * (hour - 15.0) / 24.0)
-        zenith_ra = float(_zenith_ra(tai_s, o.longitude_deg))
+        zenith_ra = sidereal_deg(tai_s, o.longitude_deg)
         return Conditions(
             seeing_arcsec=self.seeing_arcsec(tai_s),
             transparency=self.transparency(tai_s),
@@ -162,12 +163,6 @@ class Weather:
             wind_direction_deg=float((20 + 35 * self._value("direction", tai_s, 3600.0)) % 360.0),
             sky_mag=self.sky_mag(tai_s, "r", zenith_ra, o.latitude_deg),
         )
-
-
-def _zenith_ra(tai_s: float, longitude_deg: float) -> float:
-    from cumbre.core.geometry import sidereal_deg
-
-    return sidereal_deg(tai_s, longitude_deg)
 
 
 def _scattering_airmass(zenith_distance_deg: float) -> float:

@@ -1,0 +1,141 @@
+"""What really was variable in one exposure: the answer book of the night report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cumbre.core.instrument import Detector, Instrument
+from cumbre.simulator.catalogue import FIRST_ID, Table, write_table
+from cumbre.simulator.chip import chip
+from cumbre.simulator.exposure import ExposureRequest
+from cumbre.simulator.sky import ASTEROID, KIND_NAMES, SUPERNOVA, VARIABLE, Sky
+
+EDGE_PX = 8.0
+
+
+def truth_path(site_root: Path, obs_id: str) -> Path:
+    """Where the truth of one exposure is in a site's folder."""
+    return site_root / "simulator" / f"truth_{obs_id}.parquet"
+
+
+def _template_flux(
+    sky: Sky,
+    exposure: ExposureRequest,
+    band: str,
+    ids: NDArray[np.int64],
+    kind: NDArray[np.int8],
+    now: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """Mean flux over the template visits, relative to magnitude ``now``; 0 where there was nothing."""
+    times = sky.templates(exposure.ra, exposure.dec, band)
+    out = np.zeros(ids.size)
+    for which, name in ((VARIABLE, "stars"), (SUPERNOVA, "supernovae")):
+        chosen = np.flatnonzero(kind == which)
+        if chosen.size == 0:
+            continue
+        rows = ids[chosen] - FIRST_ID[name]
+        if times:
+            mags = np.array([sky.magnitudes(name, rows, band, tai_s) for tai_s in times])
+            out[chosen] = np.mean(10 ** (-0.4 * (mags - now[chosen])), axis=0)
+        elif which == VARIABLE:
+            # No template is known: the mean brightness stands for it.
+            table = {key: value[rows] for key, value in sky.tables[name].items()}
+            from cumbre.simulator.sky import band_magnitude
+
+            out[chosen] = 10 ** (-0.4 * (band_magnitude(table, band) - now[chosen]))
+    return out
+
+
+def detector_truth(
+    instrument: Instrument, detector: Detector, exposure: ExposureRequest, sky: Sky, seed: int
+) -> dict[str, NDArray[Any]]:
+    """Variables, supernovae and asteroids on one detector.
+
+    Returns
+    -------
+    dict of arrays
+        ``id``, ``kind`` (word), ``ra``, ``dec`` (degrees), ``x``, ``y`` (pixels), ``detector``, ``band``,
+        ``mag``, ``flux_e`` and ``delta_flux_e`` (electrons of the exposure at full response; against the mean
+        of the template visits), ``snr_image`` (whole flux in this image), ``snr`` (|delta| in the difference:
+        PSF photometry on the sky noise of this image and of as many template epochs as there are), ``usable``
+        (8 pixels inside, no defect within one pixel, not saturated).
+    """
+    band = instrument.filter(exposure.filter).band
+    light = sky.light(instrument, detector, exposure)
+    s = light.sources
+    chosen = np.flatnonzero(
+        np.isin(s.kind, (VARIABLE, SUPERNOVA, ASTEROID))
+        & (s.x > -0.5)
+        & (s.x < detector.nx - 0.5)
+        & (s.y > -0.5)
+        & (s.y < detector.ny - 0.5)
+    )
+    ids, kind, mag, flux = s.id[chosen], s.kind[chosen], s.mag[chosen], s.flux_e[chosen]
+    x, y = s.x[chosen], s.y[chosen]
+    delta = flux * (1.0 - _template_flux(sky, exposure, band, ids, kind, mag))
+    fixed = chip(instrument, detector, seed)
+    column, row = np.rint(x).astype(int), np.rint(y).astype(int)
+    response = np.array(
+        [
+            np.median(fixed.response[max(j - 3, 0) : j + 4, max(i - 3, 0) : i + 4])
+            for i, j in zip(column, row, strict=True)
+        ]
+    )
+    defect = np.array(
+        [
+            fixed.defects[max(j - 1, 0) : j + 2, max(i - 1, 0) : i + 2].any()
+            for i, j in zip(column, row, strict=True)
+        ],
+        bool,
+    )
+    read_noise = float(np.mean([a.read_noise for a in detector.amplifiers]))
+    pixels = light.psf.effective_pixels()
+    background = light.background_e * response + read_noise**2
+    epochs = len(sky.templates(exposure.ra, exposure.dec, band))
+    signal = flux * response
+    image_noise = np.sqrt(pixels * background + signal)
+    difference_noise = np.sqrt(pixels * background * (1 + 1 / epochs if epochs else 1.0) + signal)
+    full = float(fixed.full_well_e.min())
+    inside = (x > EDGE_PX) & (x < detector.nx - 1 - EDGE_PX) & (y > EDGE_PX) & (y < detector.ny - 1 - EDGE_PX)
+    bright = np.maximum(signal, signal - delta * response)
+    saturated = bright * light.psf.peak_fraction() + background > 0.95 * full
+    return {
+        "id": ids,
+        "kind": np.array([KIND_NAMES[k] for k in kind], dtype=object),
+        "ra": s.ra[chosen],
+        "dec": s.dec[chosen],
+        "x": x,
+        "y": y,
+        "detector": np.full(chosen.size, detector.id, np.int32),
+        "band": np.array([band] * chosen.size, dtype=object),
+        "mag": mag,
+        "flux_e": flux,
+        "delta_flux_e": delta,
+        "snr_image": signal / image_noise,
+        "snr": np.abs(delta) * response / difference_noise,
+        "usable": inside & ~defect & ~saturated,
+    }
+
+
+def write_truth(path: Path, instrument: Instrument, exposure: ExposureRequest, sky: Sky, seed: int) -> Table:
+    """Write the truth of every detector of one exposure; dark and lamp frames have none (empty table)."""
+    import pyarrow as pa
+
+    parts = (
+        [detector_truth(instrument, d, exposure, sky, seed) for d in instrument.detectors]
+        if exposure.is_open
+        else []
+    )
+    if parts:
+        table = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        arrow = {
+            key: pa.array(value, pa.string()) if value.dtype == object else value
+            for key, value in table.items()
+        }
+        write_table(arrow, path, {"obs_id": exposure.obs_id, "mid_tai": repr(exposure.mid_tai)})
+        return table
+    return {}
