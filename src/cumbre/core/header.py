@@ -216,9 +216,9 @@ class HeaderReader:
             rule = rule.otherwise
         looked = f"none of the keywords {', '.join(tried)}" if tried else "no keyword is described"
         raise BadFileError(
-            f"{self.filename}: {name} is missing: {looked}. "
-            f"Add to the description of {self.instrument.name}: header: {{{name}: {{keywords: [THE KEYWORD THAT HAS IT]}}}} or, if it never changes, "
-            f"{{{name}: {{constant: VALUE}}}}"
+            f"{self.filename}: {name} is missing: {looked}. Add to the description of {self.instrument.name}, "
+            f"under header: {{{name}: {{keywords: [THE KEYWORD THAT HAS IT]}}}}; "
+            f"if it never changes, {{{name}: {{constant: VALUE}}}}"
         )
 
     def text(self, name: str) -> str:

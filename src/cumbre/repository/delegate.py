@@ -12,7 +12,7 @@ from cumbre.repository.fits_image import FitsImage
 class FitsDelegate(StorageClassDelegate):  # type: ignore[misc]
     """Component ``header`` of a :class:`FitsImage`."""
 
-    def getComponent(self, composite: FitsImage, componentName: str) -> Any:  # noqa: N802, N803
+    def getComponent(self, composite: FitsImage, componentName: str) -> Any:  # noqa: N802
         """Return the primary header."""
         if componentName != "header":
             raise AttributeError(f"a FITS image has no component {componentName!r}; it has header")

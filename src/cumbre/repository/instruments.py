@@ -33,7 +33,7 @@ class CumbreInstrument(MiddlewareInstrument):  # type: ignore[misc]
         """Name as in the description."""
         return cls.description.name
 
-    def getRawFormatter(self, dataId: Any) -> Any:  # noqa: N802, N803
+    def getRawFormatter(self, dataId: Any) -> Any:  # noqa: N802
         """The same formatter for all raws."""
         del dataId
         from cumbre.repository.formatter import FitsFormatter
