@@ -36,7 +36,10 @@ class Entry:
     source: Path
     """Where it was buffered from."""
     added_tai: float
+    resumed: bool = False
+    """From before a restart: the receiver may have it already."""
     attempts: int = 0
+    failures_told: int = 0
     not_before: float = 0.0
     """Monotonic time before which it is not tried again."""
     key: RawKey = field(init=False)
@@ -170,5 +173,9 @@ class OutageBuffer:
 def _read_entry(path: Path) -> Entry:
     body: dict[str, Any] = json.loads(path.read_bytes())
     return Entry(
-        Parcel.checked(body["parcel"]), Piece(**body["piece"]), Path(body["source"]), body["added_tai"]
+        Parcel.checked(body["parcel"]),
+        Piece(**body["piece"]),
+        Path(body["source"]),
+        body["added_tai"],
+        resumed=True,
     )

@@ -109,12 +109,12 @@ class Distributor:
 
     def _announce(self, arrived: list[tuple[Parcel, Path]]) -> int:
         """Publish hops of files that are new here, then remember that they were published."""
-        hops, keys = [], []
+        hops, keys = [], dict[str, None]()
         for parcel, path in arrived:
             self._queue_for_tape(parcel, path)
-            if self._journal.has(parcel.key, ANNOUNCED):
+            if parcel.key in keys or self._journal.has(parcel.key, ANNOUNCED):
                 continue
-            keys.append(parcel.key)
+            keys[parcel.key] = None
             key = RawKey.parse(parcel.key)
             if not key.is_detector:
                 continue

@@ -66,6 +66,9 @@ class Relay:
     target = "base"
     watched_hop = "written"
     tells_buffered = False
+    transmission_hop = "sent"
+    tells_delivery = True
+    """Whether every delivery has a hop; else only one that follows failures (the receiver tells its own)."""
 
     def __init__(self, *, site: Site, bus: Bus, clock: Clock, scan_every_s: float = 20.0) -> None:
         self._site, self._bus, self._clock = site, bus, clock
@@ -101,7 +104,7 @@ class Relay:
                     hop_fields(
                         self._clock,
                         Piece.from_hop(message.fields),
-                        "buffered" if self.tells_buffered else "sent",
+                        "buffered" if self.tells_buffered else self.transmission_hop,
                         place=self.source,
                         outcome=error.outcome,
                         path=message.fields["path"],
@@ -145,11 +148,19 @@ class Relay:
             self._buffer_sidecar(sidecar, piece)
         parcel = Parcel(str(key), fields["byteSize"], normal_checksum(fields["checksum"]), piece.group_id)
         added = self._add(parcel, piece)
-        return [self._buffered_hop(piece, str(key))] if added and self.tells_buffered else []
+        return [self._buffered_hop(piece, parcel)] if added and self.tells_buffered else []
 
-    def _buffered_hop(self, piece: Piece, key: str) -> dict[str, object]:
-        entry_path = self.buffer.data_path(key)
-        return hop_fields(self._clock, piece, "buffered", place=self.source, path=entry_path)
+    def _buffered_hop(self, piece: Piece, parcel: Parcel) -> dict[str, object]:
+        path = self.buffer.data_path(parcel.key)
+        return hop_fields(
+            self._clock,
+            piece,
+            "buffered",
+            place=self.source,
+            path=path,
+            byte_size=parcel.size,
+            checksum=parcel.sha256,
+        )
 
     def _buffer_sidecar(self, path: Path, piece: Piece) -> None:
         try:
@@ -176,12 +187,13 @@ class Relay:
                     piece = piece_of(key.instrument, key.obs_id, key.part, self._ids)
                 else:
                     piece = Piece(str(key.obs_id), key.instrument)
-                added = self._add(Parcel(text, path.stat().st_size, sha256_of(path)), piece)
+                parcel = Parcel(text, path.stat().st_size, sha256_of(path))
+                added = self._add(parcel, piece)
             except (CumbreError, OSError) as error:
                 log.warning("%s: %s", path, error)
                 continue
             if added and key.is_detector and self.tells_buffered:
-                publish_hops(self._bus, [self._buffered_hop(piece, text)])
+                publish_hops(self._bus, [self._buffered_hop(piece, parcel)])
         with self._wake:
             self._wake.notify_all()
 
@@ -238,7 +250,7 @@ class Relay:
                 )
                 return
         else:
-            answer = sender.deliver(entry.parcel, path, ask_first=entry.attempts > 1)
+            answer = sender.deliver(entry.parcel, path, ask_first=entry.resumed or entry.attempts > 1)
         word, said = answer.get("answer"), answer.get("error", "")
         if word in ("ok", "have") and answer.get("sha256") == entry.parcel.sha256:
             self._results.put((entry, None))
@@ -257,20 +269,22 @@ class Relay:
             entry.not_before = time.monotonic() + min(0.5 * 2 ** (entry.attempts - QUICK_TRIES), 30.0)
         self.buffer.give_back(entry)
         if entry.attempts & (entry.attempts - 1) == 0:
+            entry.failures_told += 1
             outcome = error.outcome if isinstance(error, CumbreError) else "Transient"
             self._sent_hop(entry, outcome, str(error))
 
     def _sent_hop(self, entry: Entry, outcome: str, message: str = "") -> None:
+        """Record a transmission; its place is the sender, so it never stands for a copy at the receiver."""
+        if outcome == "ok" and not self.tells_delivery and not entry.failures_told:
+            return
         if entry.key.is_detector:
             publish_hop(
                 self._bus,
                 self._clock,
                 entry.piece,
-                "sent",
+                self.transmission_hop,
                 place=self.source,
                 outcome=outcome,
-                byte_size=entry.parcel.size,
-                checksum=entry.parcel.sha256,
                 message=message,
                 attempt=max(entry.attempts, 1),
             )
@@ -325,6 +339,8 @@ class Replicator(Relay):
 
     name = "replicator"
     tells_buffered = True
+    transmission_hop = "at_base"
+    tells_delivery = False
 
 
 class Forwarder(Relay):
