@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cumbre.bus import AckCode, load_topics
-from cumbre.core.errors import DeadlineError, NotFoundError, UserError
+from cumbre.core.errors import DeadlineError, FatalError, NotFoundError, UserError
 from cumbre.core.time import utc_from_tai
 
 NIGHT_TAI = 1_795_230_000.0  # as in conftest
@@ -79,6 +79,7 @@ def test_last_value_by_field(place):
     assert {m.fields["name"]: m.fields["summaryState"] for m in got} == {"ledger": 5, "writer": 2}
     assert bus.latest("Service.summaryState", key="ledger").fields["summaryState"] == 5
     assert bus.latest("Service.summaryState").fields["name"] == "writer"
+    assert [m.fields["name"] for m in bus.latest_all("Service.summaryState")] == ["ledger", "writer"]
 
 
 def test_no_history_of_commands_and_telemetry(place):
@@ -347,3 +348,38 @@ def test_prune_forgets_telemetry_only(place):
     assert [m.topic for m in bus.replay(["Service.heartbeat", "Image.hop"])] == ["Image.hop"]
     assert len(list(bus.replay(["Alerts.packet"]))) == 1
     assert bus.prune(NIGHT_TAI + 3600) == 0
+
+
+_OPENER = """
+import sys
+from cumbre.bus import open_bus
+sys.stdin.readline()
+bus = open_bus(sys.argv[1], identity=sys.argv[2])
+for number in range(20):
+    bus.publish("Image.hop", {"exposureId": number})
+"""
+
+
+def test_processes_that_open_a_new_bus_at_once(place):
+    processes = [
+        subprocess.Popen([sys.executable, "-c", _OPENER, place.url, f"p{n}"], stdin=subprocess.PIPE)
+        for n in range(4)
+    ]
+    for process in processes:
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+    for process in processes:
+        process.stdin.close()
+        assert process.wait(30) == 0
+    stored = list(place().replay(["Image.hop"]))
+    for number in range(4):
+        mine = [m.fields["exposureId"] for m in stored if m.identity == f"p{number}"]
+        assert mine == list(range(20))
+
+
+def test_use_after_close_says_so(place):
+    bus = place()
+    bus.publish("Image.hop", {})
+    bus.close()
+    with pytest.raises(FatalError, match="after close"):
+        bus.publish("Image.hop", {})

@@ -118,7 +118,7 @@ class Bus(ABC):
 
     @abstractmethod
     def _append(self, messages: list[Outgoing]) -> list[int]:
-        """Store durably, all or none, and give their offsets; must not wait for any reader."""
+        """Store durably and give their offsets; must not wait for any reader."""
 
     @abstractmethod
     def latest(self, topic: str, index: int = 0, key: str | None = None) -> Message | None:
@@ -131,6 +131,10 @@ class Bus(ABC):
         UserError
             The topic is no event: commands and telemetry have no last value.
         """
+
+    @abstractmethod
+    def latest_all(self, topic: str) -> list[Message]:
+        """Last values of an event for every index and ``last_by`` key, oldest first."""
 
     @abstractmethod
     def subscribe(
@@ -183,7 +187,10 @@ class Bus(ABC):
         return self._append([self._outgoing(topic, fields or {}, index=index, key=key)])[0]
 
     def publish_many(self, messages: Iterable[tuple[str, Mapping[str, Any]]], *, index: int = 0) -> list[int]:
-        """Publish ``(topic, fields)`` pairs in one transaction: many at the price of one."""
+        """Publish ``(topic, fields)`` pairs together: many at the price of one.
+
+        Embedded: one transaction, all or none. Kafka: in order; when it raises, a first part may be stored.
+        """
         return self._append([self._outgoing(topic, fields, index=index) for topic, fields in messages])
 
     def publish_bytes(self, topic: str, payload: bytes, key: str = "", *, index: int = 0) -> int:

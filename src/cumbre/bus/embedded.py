@@ -21,7 +21,7 @@ from typing import Any
 from cumbre.bus.base import Bus, Outgoing, Start, Subscription
 from cumbre.bus.messages import Message
 from cumbre.bus.topics import Topic, TopicCatalog
-from cumbre.core.errors import FatalError, TransientError, UserError
+from cumbre.core.errors import CumbreError, FatalError, TransientError, UserError
 from cumbre.core.time import Clock
 
 BUSY_TIMEOUT_S = 30.0
@@ -57,19 +57,29 @@ _COMMIT = (
 def _connect(path: Path) -> sqlite3.Connection:
     try:
         db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
-        # WAL needs the write lock once, for the very first opener; a busy moment there is worth a second try
-        for attempt in range(50):
-            try:
-                db.execute("PRAGMA journal_mode=WAL")
-                break
-            except sqlite3.OperationalError:
-                if attempt == 49:
-                    raise
-                time.sleep(0.02)
-        db.execute("PRAGMA synchronous=NORMAL")
     except sqlite3.Error as error:
         raise FatalError(f"bus {path}: cannot open: {error}; expected a writable folder") from error
+    try:
+        _prepare(db)
+    except sqlite3.Error as error:
+        db.close()
+        raise FatalError(
+            f"bus {path}: cannot open: {error}; expected the log of a bus, or no file"
+        ) from error
     return db
+
+
+def _prepare(db: sqlite3.Connection) -> None:
+    # to WAL goes the first opener alone, and SQLite does not wait for a busy file there: try again
+    for attempt in range(100):
+        try:
+            db.execute("PRAGMA journal_mode=WAL")
+            break
+        except sqlite3.OperationalError:
+            if attempt == 99:
+                raise
+            time.sleep(0.02)
+    db.execute("PRAGMA synchronous=NORMAL")
 
 
 def _marks(values: Iterable[Any]) -> str:
@@ -107,6 +117,7 @@ class SqliteBus(Bus):
         self._db = _connect(path)
         weakref.finalize(self, self._db.close)
         self._readers: weakref.WeakSet[_SqliteSubscription] = weakref.WeakSet()
+        self._durable = False
         self._lock = threading.Lock()
         self._published = threading.Condition()
         self._serial = 0
@@ -115,10 +126,16 @@ class SqliteBus(Bus):
                 db.execute(statement)
 
     @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        """One write transaction; the lock makes the connection safe among threads."""
+    def _writing(self, *, durable: bool = False) -> Iterator[sqlite3.Connection]:
+        """One write transaction; the lock makes the connection safe among threads.
+
+        Not ``durable`` survives the death of the process, durable also that of the machine.
+        """
         with self._lock:
             try:
+                if durable != self._durable:
+                    self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+                    self._durable = durable
                 self._db.execute("BEGIN IMMEDIATE")
                 try:
                     yield self._db
@@ -127,11 +144,25 @@ class SqliteBus(Bus):
                     if self._db.in_transaction:
                         self._db.execute("ROLLBACK")
                     raise
-            except sqlite3.OperationalError as error:
-                raise TransientError(f"bus {self.path}: {error}; disk full or locked? try again") from error
+            except sqlite3.Error as error:
+                raise self._translated(error) from error
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise self._translated(error) from error
+
+    def _translated(self, error: sqlite3.Error) -> CumbreError:
+        if isinstance(error, sqlite3.OperationalError):
+            return TransientError(f"bus {self.path}: {error}; disk full or locked? try again")
+        if isinstance(error, sqlite3.ProgrammingError):
+            return FatalError(f"bus {self.path} of {self.identity}: used after close ({error})")
+        return FatalError(f"bus {self.path}: {error}; is it the log of a bus? restore it from a copy")
 
     def _rows(self, query: str, values: Iterable[Any] = ()) -> list[Any]:
-        with self._lock:
+        with self._lock, self._reading():
             return self._db.execute(query, tuple(values)).fetchall()
 
     def _append(self, messages: list[Outgoing]) -> list[int]:
@@ -141,7 +172,8 @@ class SqliteBus(Bus):
             for m in messages
         ]  # fmt: skip
         offsets = []
-        with self._writing() as db:
+        # telemetry flows without waiting for the disk: nobody acts on a lost sample
+        with self._writing(durable=any(m.topic.kind != "telemetry" for m in messages)) as db:
             for message, row in zip(messages, rows, strict=True):
                 offset = db.execute(_INSERT, row).lastrowid
                 assert offset is not None
@@ -178,7 +210,7 @@ class SqliteBus(Bus):
         return self._message(rows[0]) if rows else None
 
     def latest_all(self, topic: str) -> list[Message]:
-        """Last values of an event for every index and ``last_by`` key, oldest first."""
+        """Last values of an event; see :meth:`Bus.latest_all`."""
         self._event(topic)
         rows = self._rows(
             f"SELECT {_COLUMNS} FROM log WHERE offset IN (SELECT offset FROM last WHERE topic = ?)"  # noqa: S608
@@ -339,7 +371,10 @@ class _SqliteSubscription(Subscription):
 
     def poll(self, timeout_s: float = 0.0, limit: int = 500) -> list[Message]:
         """Next messages; see :meth:`Subscription.poll`."""
-        deadline = time.monotonic() + timeout_s
+        with self._bus._reading():
+            return self._poll(time.monotonic() + timeout_s, limit)
+
+    def _poll(self, deadline: float, limit: int) -> list[Message]:
         pause = POLL_MIN_S
         # a page may have more behind it although nothing changed since: the first look is unconditional
         look = True

@@ -374,6 +374,13 @@ class KafkaBus(Bus):
                 end, step = start, min(step * 10, 10_000)
         return None
 
+    def latest_all(self, topic: str) -> list[Message]:
+        """Last values of an event; see :meth:`Bus.latest_all`. Of kept histories the last 500 are searched."""
+        known = self._event(topic)
+        self._ensure([self.topic_name(known)])
+        with _transient(f"bus: topic {topic}"), closing(Consumer(self._consumer_config())) as reader:
+            return self._last_values(reader, known)
+
     def subscribe(
         self, topics: Iterable[str], start: Start = "latest", consumer: str | None = None
     ) -> Subscription:
