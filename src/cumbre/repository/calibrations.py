@@ -78,12 +78,18 @@ def put_calibration(
     span = timespan(round(valid_begin_tai * NS), round(valid_end_tai * NS))
     ref = _ingest(repository, dataset_type, values, run, path, transfer)
     from lsst.daf.butler import CollectionType
+    from lsst.daf.butler.registry import ConflictingDefinitionError
 
     butler = repository.butler
     butler.collections.register(collection, CollectionType.CALIBRATION)
-    with butler.transaction():
-        butler.registry.decertify(collection, dataset_type, span, dataIds=[ref.dataId])
-        butler.registry.certify(collection, [ref], span)
+    try:
+        with butler.transaction():
+            butler.registry.certify(collection, [ref], span)
+    except ConflictingDefinitionError:
+        # Not decertified at once: the middleware fails where nothing of the kind is certified yet.
+        with butler.transaction():
+            butler.registry.decertify(collection, dataset_type, span, dataIds=[ref.dataId])
+            butler.registry.certify(collection, [ref], span)
     return ref
 
 
