@@ -1,0 +1,258 @@
+"""The Level 1 database: what prompt processing stores and what it reads back for the next visit."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cumbre.catalogs.columns import Rows, circle_ranges, conform, separation_deg
+from cumbre.catalogs.schema import level1_ddl, level1_tables
+from cumbre.core.errors import ConflictError
+from cumbre.core.time import Clock, mjd_from_seconds
+from cumbre.stores.migrations import migrate
+from cumbre.stores.postgres import Connection, Database
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+HISTORY_DAYS = 365.25
+_OUTBOX = """
+CREATE SCHEMA IF NOT EXISTS level1;
+CREATE TABLE level1.felis (sha256 text PRIMARY KEY, applied timestamptz NOT NULL DEFAULT now());
+CREATE TABLE level1.visit_detector (
+    visit bigint NOT NULL, detector int NOT NULL, n_sources int NOT NULL, n_objects int NOT NULL,
+    n_forced int NOT NULL, n_alerts int NOT NULL, stored_tai float8 NOT NULL, PRIMARY KEY (visit, detector));
+CREATE TABLE level1.alert_outbox (
+    alert_id bigint PRIMARY KEY, sequence bigint GENERATED ALWAYS AS IDENTITY, visit bigint NOT NULL,
+    detector int NOT NULL, packet bytea NOT NULL, sent_tai float8);
+ALTER TABLE level1.alert_outbox ALTER COLUMN packet SET STORAGE EXTERNAL;
+CREATE INDEX alert_outbox_unsent ON level1.alert_outbox (sequence) WHERE sent_tai IS NULL;
+CREATE INDEX alert_outbox_visit ON level1.alert_outbox (visit, detector);
+"""
+
+
+class Level1:
+    """Sources, objects and forced photometry by position, and the alerts that wait to be sent.
+
+    Parameters
+    ----------
+    db
+        The site's database; tables are made when absent.
+    clock
+        For the times of processing; real time when not given.
+    """
+
+    def __init__(self, db: Database, clock: Clock | None = None) -> None:
+        self._db = db
+        self._clock = clock or Clock.real()
+        self._tables = level1_tables()
+        prepare(db)
+
+    def load_region(
+        self, ra: float, dec: float, radius_deg: float, *, until_mjd: float | None = None
+    ) -> dict[str, pa.Table]:
+        """Everything known in a circle.
+
+        Parameters
+        ----------
+        ra, dec, radius_deg
+            Circle, ICRS degrees.
+        until_mjd
+            End of the history, MJD TAI; now when not given.
+
+        Returns
+        -------
+        dict
+            ``DiaObject`` in the circle; ``DiaSource`` and ``DiaForcedSource`` of these objects, and sources
+            in the circle that belong to no object, of the 12 months before; in order of time.
+        """
+        until = mjd_from_seconds(self._clock.now_tai_s()) if until_mjd is None else until_mjd
+        times = (until - HISTORY_DAYS, until + 1.0)
+        with self._db.connection() as link:
+            objects = self._in_circle(link, "DiaObject", ra, dec, radius_deg)
+            identifiers = objects.column("diaObjectId").to_pylist()
+            where = "t.diaobjectid = ANY(%s) AND t.midpointmjdtai BETWEEN %s AND %s ORDER BY t.midpointmjdtai"
+            forced = self._read(link, "DiaForcedSource", where, (identifiers, *times))
+            sources = self._read(link, "DiaSource", where, (identifiers, *times))
+            lone = "t.diaobjectid IS NULL AND t.midpointmjdtai BETWEEN %s AND %s"
+            orphans = self._in_circle(link, "DiaSource", ra, dec, radius_deg, lone, times)
+        if orphans.num_rows:
+            import pyarrow as pa
+
+            sources = pa.concat_tables([sources, orphans]).sort_by("midpointMjdTai")
+        return {"DiaObject": objects, "DiaSource": sources, "DiaForcedSource": forced}
+
+    def store(
+        self,
+        visit: int,
+        detector: int,
+        *,
+        dia_sources: Rows = (),
+        dia_objects: Rows = (),
+        forced: Rows = (),
+        packets: Sequence[tuple[int, bytes]] = (),
+    ) -> None:
+        """Store one detector's results and its alerts in one transaction, at most once.
+
+        Parameters
+        ----------
+        dia_sources, dia_objects, forced
+            Rows of the tables (see :func:`cumbre.catalogs.columns.conform`); objects replace their older
+            versions, whole. ``hpx29`` is computed; times of processing are now unless given.
+        packets
+            (diaSourceId, packet) of the alerts, in the order to send.
+
+        Raises
+        ------
+        ConflictError
+            This visit and detector is stored already; nothing changed.
+        UnprocessableDataError
+            Rows do not fit the schema; nothing changed.
+        TransientError
+            The database is not there; try again.
+        """
+        now_tai = self._clock.now_tai_s()
+        now_mjd = mjd_from_seconds(now_tai)
+        tables = self._tables
+        sources = conform(tables["DiaSource"], dia_sources, timeProcessedMjdTai=now_mjd)
+        objects = conform(tables["DiaObject"], dia_objects, validityStartMjdTai=now_mjd)
+        photometry = conform(tables["DiaForcedSource"], forced, timeProcessedMjdTai=now_mjd)
+        with self._db.connection() as link:
+            first = link.execute(
+                "INSERT INTO level1.visit_detector VALUES (%s, %s, %s, %s, %s, %s, %s)"
+                " ON CONFLICT DO NOTHING RETURNING 1",
+                (
+                    visit,
+                    detector,
+                    sources.num_rows,
+                    objects.num_rows,
+                    photometry.num_rows,
+                    len(packets),
+                    now_tai,
+                ),
+            ).fetchone()
+            if first is None:
+                raise ConflictError(
+                    f"visit {visit}, detector {detector}: stored already; results are stored once, "
+                    "so a repeated run has nothing to add"
+                )
+            if sources.num_rows:
+                self._copy(link, tables["DiaSource"].sql_name, sources)
+            if objects.num_rows:
+                self._replace_objects(link, objects)
+            if photometry.num_rows:
+                self._copy(link, tables["DiaForcedSource"].sql_name, photometry)
+            if packets:
+                rows = ((identifier, visit, detector, packet) for identifier, packet in packets)
+                columns = ["alert_id", "visit", "detector", "packet"]
+                self._db.copy("level1.alert_outbox", columns, rows, connection=link)
+
+    def is_stored(self, visit: int, detector: int) -> bool:
+        """Whether this visit and detector was stored."""
+        return bool(
+            self._db.execute(
+                "SELECT 1 FROM level1.visit_detector WHERE visit = %s AND detector = %s", (visit, detector)
+            )
+        )
+
+    def light_curve(self, dia_object_id: int) -> dict[str, pa.Table]:
+        """All ``DiaSource`` and ``DiaForcedSource`` rows of an object in order of time."""
+        where = "t.diaobjectid = %s ORDER BY t.midpointmjdtai"
+        with self._db.connection() as link:
+            return {
+                name: self._read(link, name, where, (dia_object_id,))
+                for name in ("DiaSource", "DiaForcedSource")
+            }
+
+    def cone(self, ra: float, dec: float, radius_deg: float, table: str = "DiaObject") -> pa.Table:
+        """Rows of a table within ``radius_deg`` of an ICRS position (degrees), nearest first."""
+        with self._db.connection() as link:
+            found = self._in_circle(link, table, ra, dec, radius_deg)
+        return found.take(np.argsort(_distances(found, ra, dec), kind="stable"))
+
+    # -- reading --
+
+    def _in_circle(
+        self, link: Connection, name: str, ra: float, dec: float, radius_deg: float,
+        condition: str = "TRUE", params: tuple[Any, ...] = (),
+    ) -> pa.Table:  # fmt: skip
+        """Index ranges first, then the exact distance."""
+        ranges = circle_ranges(ra, dec, radius_deg)
+        low, high = [pair[0] for pair in ranges], [pair[1] for pair in ranges]
+        source = "unnest(%s::bigint[], %s::bigint[]) AS r(low, high) JOIN {} t"
+        source += " ON t.hpx29 >= r.low AND t.hpx29 < r.high"
+        found = self._read(link, name, condition, (low, high, *params), source)
+        return found.filter(_distances(found, ra, dec) <= radius_deg)
+
+    def _read(
+        self, link: Connection, name: str, condition: str, params: tuple[Any, ...], source: str = "{} t"
+    ) -> pa.Table:
+        """Rows by COPY, which Arrow parses many times faster than a driver makes Python objects."""
+        import pyarrow as pa
+        import pyarrow.csv
+
+        table = self._tables[name]
+        schema = table.arrow()
+        columns = ", ".join(f't."{column.sql_name}"' for column in table.columns)
+        statement = (
+            f"COPY (SELECT {columns} FROM {source.format(table.sql_name)} WHERE {condition})"  # noqa: S608
+            " TO STDOUT (FORMAT csv)"
+        )
+        with link.cursor() as cursor, cursor.copy(statement.encode(), params) as stream:
+            content = b"".join(stream)
+        if not content:
+            return schema.empty_table()
+        return pyarrow.csv.read_csv(
+            pa.BufferReader(content),
+            read_options=pyarrow.csv.ReadOptions(column_names=schema.names),
+            convert_options=pyarrow.csv.ConvertOptions(
+                column_types=schema, true_values=["t"], false_values=["f"], null_values=[""],
+                strings_can_be_null=True, quoted_strings_can_be_null=False,
+            ),
+        ).cast(schema)  # fmt: skip
+
+    # -- writing --
+
+    def _copy(self, link: Connection, target: str, rows: pa.Table) -> None:
+        lower = rows.rename_columns([name.lower() for name in rows.column_names])
+        self._db.copy(target, lower.column_names, lower, connection=link)
+
+    def _replace_objects(self, link: Connection, objects: pa.Table) -> None:
+        """Insert or replace, in the order of identifiers so that two detectors cannot block each other."""
+        table = self._tables["DiaObject"]
+        link.execute(
+            "CREATE TEMPORARY TABLE new_diaobject (LIKE level1.diaobject INCLUDING DEFAULTS) ON COMMIT DROP"
+        )
+        self._copy(link, "new_diaobject", objects)
+        sets = ", ".join(
+            f'"{column.sql_name}" = excluded."{column.sql_name}"'
+            for column in table.columns
+            if column.name != "diaObjectId"
+        )
+        link.execute(
+            f"INSERT INTO level1.diaobject AS o SELECT * FROM new_diaobject ORDER BY diaobjectid "  # noqa: S608
+            f"ON CONFLICT (diaobjectid) DO UPDATE SET {sets} "
+            "WHERE excluded.validitystartmjdtai >= o.validitystartmjdtai".encode()
+        )
+
+
+def prepare(db: Database) -> None:
+    """Make the tables, or bring them to this program's Felis file (which only ever gains columns)."""
+    migrate(db, "level1", [_OUTBOX])
+    ddl = level1_ddl()
+    digest = hashlib.sha256(ddl.encode()).hexdigest()
+    known = "SELECT 1 FROM level1.felis WHERE sha256 = %s"
+    if db.execute(known, (digest,)):
+        return
+    with db.connection() as link:
+        link.execute("LOCK TABLE level1.felis IN EXCLUSIVE MODE")
+        if not link.execute(known, (digest,)).fetchone():
+            link.execute(ddl.encode())
+            link.execute("INSERT INTO level1.felis (sha256) VALUES (%s)", (digest,))
+
+
+def _distances(rows: pa.Table, ra: float, dec: float) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return separation_deg(ra, dec, rows.column("ra").to_numpy(), rows.column("dec").to_numpy())
