@@ -15,7 +15,7 @@ from cumbre.core.ids import ObsId
 from cumbre.core.instrument import load_instrument
 from cumbre.core.time import Clock
 
-BEGIN_TAI = 2_110_000_000.0
+BEGIN_TAI = 1795222837.0
 INSTRUMENT = load_instrument("democam")
 
 

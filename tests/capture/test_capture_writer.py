@@ -151,7 +151,7 @@ def test_without_header_it_is_written_late_and_flagged(site: Site, bus: Bus, clo
     assert (header["RA"], header["EXPID"], header["MJD-BEG"]) == (
         53.1,
         2026112000001,
-        pytest.approx(65008.333333333),
+        pytest.approx(61365.042094907, abs=1e-8),
     )
     assert all("partial header" in str(hop["message"]) for hop in camera.hops(bus, "written"))
 
