@@ -18,22 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from cumbre.core.configuration import Site
 from cumbre.core.instrument import Instrument, load_instrument
-from cumbre.core.time import SECONDS_PER_DAY, day_obs_from_tai, parse_isot, tai_from_utc
+from cumbre.simulator.exposure import ExposureRequest
 
 if TYPE_CHECKING:
     from cumbre.payloads.raw import RawDetector
-    from cumbre.simulator.exposure import ExposureRequest
     from cumbre.simulator.sky import Sky
 
 Say = Callable[[str], None]
-
-N_BIAS = 7
-N_FLAT = 5
-FLAT_EXPOSURE_S = 10.0
-NIGHTS_BACK = 30
-"""The first template night is this many days before; supernovae of the night are not there yet."""
-DITHER_DEG = (0.0, 0.0)
-TEMPLATE_CADENCE_S = 600.0
+SAME_TILE_DEG = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +37,8 @@ class Task:
     instrument: str
     detector: str
     out: str
-    tile: dict[str, Any] | None = None
-    band: str = ""
+    requests: tuple[ExposureRequest, ...]
+    calibrations: str = ""
 
 
 def paths(site: Site) -> dict[str, Path]:
@@ -60,73 +52,25 @@ def paths(site: Site) -> dict[str, Path]:
     }
 
 
-def night_start(site: Site) -> float:
-    """TAI seconds of the first night's start."""
-    assert site.config.simulator is not None
-    return tai_from_utc(parse_isot(site.config.simulator.start))
-
-
 def prepare(site: Site, say: Say) -> None:
     """Make what a first night needs and is not there yet."""
+    from cumbre.simulator.preparation import prepare_sky
+
     instrument = load_instrument(site.config.instruments[0])
-    _make_sky(site, instrument, say)
-    tasks = [task for task in _tasks(site, instrument) if not Path(task.out).exists()]
+    new = not (paths(site)["sky"] / "sky.json").exists()
+    sky = prepare_sky(site)
+    if new:
+        counts = ", ".join(f"{len(table['id'])} {name}" for name, table in sky.tables.items())
+        say(f"simulated sky: {len(sky.tiles)} tiles, {counts}")
+    survey = site.root / "survey.json"
+    if not survey.exists():
+        _write_json(survey, [asdict(tile) for tile in sky.tiles])
+    tasks = [task for task in _tasks(site, instrument, sky) if not Path(task.out).exists()]
     for kind, name in (("calibration", "calibrations (bias, flat, defects)"), ("template", "templates")):
         todo = [task for task in tasks if task.kind == kind]
         if todo:
             _run(todo, name, say)
     _write_index(site, instrument)
-
-
-def _make_sky(site: Site, instrument: Instrument, say: Say) -> None:
-    from cumbre.simulator.catalogue import Tile, make_catalogue, write_catalogue
-    from cumbre.simulator.refcat import write_reference_catalogue
-    from cumbre.simulator.tiles import choose_tiles
-
-    config = site.config
-    assert config.simulator is not None
-    folder = paths(site)["sky"]
-    survey = site.root / "survey.json"
-    if not (folder / "sky.json").exists():
-        start = night_start(site)
-        tiles = [Tile(*item) for item in choose_tiles(config.observatory, start, config.scheduler.tiles)]
-        tables = make_catalogue(
-            config=config.simulator,
-            observatory=config.observatory,
-            instrument=instrument,
-            tiles=tiles,
-            start_tai=start,
-        )
-        write_catalogue(
-            folder,
-            tables,
-            seed=config.simulator.seed,
-            observatory=config.observatory,
-            tiles=tiles,
-            start_tai=start,
-        )
-        counts = ", ".join(f"{len(next(iter(t.values())))} {name}" for name, t in tables.items())
-        say(f"simulated sky: {len(tiles)} tiles, {counts}")
-    sky = _sky(site.root)
-    if not paths(site)["refcat"].exists():
-        write_reference_catalogue(paths(site)["refcat"], sky.tables["stars"], seed=config.simulator.seed)
-    if not survey.exists():
-        _write_json(survey, [asdict(tile) for tile in sky.tiles])
-    templates = folder / "templates.json"
-    if not templates.exists():
-        listed = [
-            {"tile": tile.name, "band": band, "mid_tai": request.mid_tai, "obs_id": request.obs_id}
-            for tile in sky.tiles
-            for band in config.scheduler.filters
-            for request in template_requests(site, instrument, asdict(tile), band)
-        ]
-        _write_json(templates, listed)
-
-
-def _sky(root: Path) -> Sky:
-    from cumbre.simulator.sky import Sky
-
-    return Sky.load(root / "simulator")
 
 
 def _write_json(path: Path, data: Any) -> None:
@@ -135,55 +79,40 @@ def _write_json(path: Path, data: Any) -> None:
     temporary.replace(path)
 
 
-def template_requests(
-    site: Site, instrument: Instrument, tile: dict[str, Any], band: str
-) -> list[ExposureRequest]:
-    """Earlier visits of a tile, one a night, in a band."""
-    from cumbre.simulator.exposure import ExposureRequest
+def _tasks(site: Site, instrument: Instrument, sky: Sky) -> Iterable[Task]:
+    from cumbre.core.geometry import separation_deg
+    from cumbre.simulator.preparation import calibration_requests, record_templates, template_requests
 
-    config = site.config
-    assert config.simulator is not None
-    names = [t["name"] for t in json.loads((site.root / "survey.json").read_text())] if tile else []
-    slot = names.index(tile["name"]) * len(config.scheduler.filters) + config.scheduler.filters.index(band)
-    out = []
-    for epoch in range(config.simulator.template_epochs):
-        # A sidereal day is 236 s shorter: the tile stands as high as on the night itself.
-        begin = night_start(site) - (NIGHTS_BACK + epoch) * (SECONDS_PER_DAY - 236.0) + 90.0 * slot
-        out.append(
-            ExposureRequest(
-                obs_id=f"{instrument.prefix}_O_{day_obs_from_tai(begin)}_{100 + slot:06d}",
-                image_type="OBJECT",
-                exposure_s=config.scheduler.exposure_s,
-                filter=instrument.filter(band).name,
-                ra=tile["ra"],
-                dec=tile["dec"],
-                rotpa=0.0,
-                begin_tai=begin,
-            )
-        )
-    return out
-
-
-def _tasks(site: Site, instrument: Instrument) -> Iterable[Task]:
     config, where = site.config, paths(site)
-    root, name = str(site.root), config.instruments[0]
+    assert config.simulator is not None
+    root, name, bands = str(site.root), config.instruments[0], config.scheduler.filters
     science = [d.name for d in instrument.detectors if d.purpose == "SCIENCE"]
-    for detector in science:
-        for band in config.scheduler.filters:
-            yield Task(
-                "calibration",
-                root,
-                name,
-                detector,
-                str(calibration_path(site, instrument, detector, band)),
-                None,
-                band,
-            )
-    for tile in json.loads((site.root / "survey.json").read_text()):
-        for band in config.scheduler.filters:
-            for detector in science:
-                out = where["templates"] / tile["name"] / f"{band}_{detector}.fits"
-                yield Task("template", root, name, detector, str(out), tile, band)
+    frames = calibration_requests(instrument, sky.start_tai, filters=bands)
+    visits = template_requests(
+        instrument,
+        sky,
+        epochs=config.simulator.template_epochs,
+        exposure_s=config.scheduler.exposure_s,
+        filters=bands,
+    )
+    record_templates(where["sky"], instrument, sky, visits)
+    for band in bands:
+        mine = [f for f in frames if f.image_type == "BIAS" or instrument.filter(f.filter).band == band]
+        for detector in science:
+            out = calibration_path(site, instrument, detector, band)
+            yield Task("calibration", root, name, detector, str(out), tuple(mine))
+    for tile in sky.tiles:
+        for band in bands:
+            mine = [
+                v
+                for v in visits
+                if instrument.filter(v.filter).band == band
+                and float(separation_deg(v.ra, v.dec, tile.ra, tile.dec)) < SAME_TILE_DEG
+            ]
+            for detector in science if mine else ():
+                out = where["templates"] / tile.name / f"{band}_{detector}.fits"
+                calibrations = str(calibration_path(site, instrument, detector, band))
+                yield Task("template", root, name, detector, str(out), tuple(mine), calibrations)
 
 
 def calibration_path(site: Site, instrument: Instrument, detector: str, band: str) -> Path:
@@ -259,40 +188,22 @@ def _raw(
     return read_raw(path, instrument)
 
 
+def _sky(root: Path) -> Sky:
+    from cumbre.simulator.sky import Sky
+
+    return Sky.load(root / "simulator")
+
+
 def _make_calibrations(site: Site, instrument: Instrument, task: Task, out: Path) -> None:
     from cumbre.payloads.calibration import Calibrations, combine_bias, combine_flat, find_defects
-    from cumbre.simulator.exposure import ExposureRequest
 
+    raws: dict[str, list[RawDetector]] = {"BIAS": [], "FLAT": []}
     sky = _sky(site.root)
-    afternoon = night_start(site) - (NIGHTS_BACK + 1) * SECONDS_PER_DAY - 6 * 3600
-    day_obs = day_obs_from_tai(afternoon)
-
-    def frames(kind: str, n: int, exposure_s: float, first: int) -> list[RawDetector]:
-        return [
-            _raw(
-                site,
-                instrument,
-                task.detector,
-                ExposureRequest(
-                    obs_id=f"{instrument.prefix}_O_{day_obs}_{first + i:06d}",
-                    image_type=kind,
-                    exposure_s=exposure_s,
-                    filter=instrument.filter(task.band).name,
-                    ra=0.0,
-                    dec=0.0,
-                    rotpa=0.0,
-                    begin_tai=afternoon + 30.0 * i,
-                ),
-                sky,
-            )
-            for i in range(n)
-        ]
-
-    slot = site.config.scheduler.filters.index(task.band)
-    bias = combine_bias(frames("BIAS", N_BIAS, 0.0, 1))
-    flat = combine_flat(frames("FLAT", N_FLAT, FLAT_EXPOSURE_S, 20 + 10 * slot), bias)
-    defects = find_defects(bias=bias, flat=flat)
-    Calibrations(bias=bias, flat=flat, defects=defects).save(out)
+    for request in task.requests:
+        raws[request.image_type].append(_raw(site, instrument, task.detector, request, sky))
+    bias = combine_bias(raws["BIAS"])
+    flat = combine_flat(raws["FLAT"], bias)
+    Calibrations(bias=bias, flat=flat, defects=find_defects(bias=bias, flat=flat)).save(out)
 
 
 def _make_template(site: Site, instrument: Instrument, task: Task, out: Path) -> None:
@@ -302,16 +213,18 @@ def _make_template(site: Site, instrument: Instrument, task: Task, out: Path) ->
     from cumbre.payloads.isr import assemble_and_correct
     from cumbre.payloads.refcat import RefCat
 
-    assert task.tile is not None
     sky = _sky(site.root)
-    calibrations = Calibrations.load(calibration_path(site, instrument, task.detector, task.band))
+    calibrations = Calibrations.load(task.calibrations)
     reference = RefCat.load(paths(site)["refcat"])
-    exposures = []
-    for request in template_requests(site, instrument, task.tile, task.band):
-        raw = _raw(site, instrument, task.detector, request, sky)
-        exposures.append(calibrate(assemble_and_correct(raw, calibrations), reference, instrument=instrument))
-    if exposures:
-        save_exposure(make_template(exposures), out)
+    exposures = [
+        calibrate(
+            assemble_and_correct(_raw(site, instrument, task.detector, request, sky), calibrations),
+            reference,
+            instrument=instrument,
+        )
+        for request in task.requests
+    ]
+    save_exposure(make_template(exposures), out)
 
 
 def _write_index(site: Site, instrument: Instrument) -> None:
