@@ -158,14 +158,20 @@ def common_stars(science: Stars, template: Stars, *, reach: float = 2.0) -> NDAr
 
     if len(science) == 0 or len(template) == 0:
         return np.zeros(0, np.intp)
-    distance, index = cKDTree(np.stack([template.x, template.y], 1)).query(np.stack([science.x, science.y], 1))
+    distance, index = cKDTree(np.stack([template.x, template.y], 1)).query(
+        np.stack([science.x, science.y], 1)
+    )
     good = (distance < reach) & science.is_clean & template.is_clean[np.minimum(index, len(template) - 1)]
     index = np.where(good, index, 0)
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio = np.log(science.flux / template.flux[index])
     good &= np.isfinite(ratio)
     if good.any():
-        centre = np.median(ratio[good & (science.snr > 20)]) if (good & (science.snr > 20)).any() else np.median(ratio[good])
+        centre = (
+            np.median(ratio[good & (science.snr > 20)])
+            if (good & (science.snr > 20)).any()
+            else np.median(ratio[good])
+        )
         good &= np.abs(ratio - centre) < 0.35
     return np.flatnonzero(good)
 
@@ -199,7 +205,9 @@ def difference(science: Exposure, template: Exposure, config: DifferenceConfig |
     is_science_convolved = science_psf.fwhm_px < 0.97 * template_psf.fwhm_px
     common = common_stars(science_stars, template_stars)
     fixed, moved = (template, science) if is_science_convolved else (science, template)
-    fixed_psf, moved_psf = (template_psf, science_psf) if is_science_convolved else (science_psf, template_psf)
+    fixed_psf, moved_psf = (
+        (template_psf, science_psf) if is_science_convolved else (science_psf, template_psf)
+    )
     planes = {
         "fixed": _filled(fixed.image, _bad(fixed)),
         "moved": _filled(moved.image, _bad(moved)),
@@ -207,7 +215,12 @@ def difference(science: Exposure, template: Exposure, config: DifferenceConfig |
         "moved_variance": _finite_variance(moved.variance),
     }
     solution = _kernel(
-        planes, science_bad | template_bad, science_stars, common, (fixed_psf.fwhm_px, moved_psf.fwhm_px), config
+        planes,
+        science_bad | template_bad,
+        science_stars,
+        common,
+        (fixed_psf.fwhm_px, moved_psf.fwhm_px),
+        config,
     )
     result = subtract(
         planes["fixed"], planes["fixed_variance"], planes["moved"], planes["moved_variance"],
@@ -359,7 +372,9 @@ def _match_error(
         return 0.05
     radius = 3.0
     left, _, _ = sep.sum_circle(np.ascontiguousarray(image), stars.x[bright], stars.y[bright], radius)
-    whole, _, _ = sep.sum_circle(np.ascontiguousarray(science.image), stars.x[bright], stars.y[bright], radius)
+    whole, _, _ = sep.sum_circle(
+        np.ascontiguousarray(science.image), stars.x[bright], stars.y[bright], radius
+    )
     xi, yi = np.round(stars.x[bright]).astype(int), np.round(stars.y[bright]).astype(int)
     good = ((mask[yi, xi] & UNUSABLE) == 0) & (whole > 0)
     if good.sum() < 5:

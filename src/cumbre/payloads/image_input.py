@@ -46,9 +46,13 @@ def read_image(path: Path) -> tuple[NDArray[np.float32], dict[str, Any], Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with fits.open(path, memmap=False) as hdus:
-                images = [h for h in hdus if h.is_image and len(h.shape) >= 2 and math.prod(h.shape[:-2]) == 1]
+                images = [
+                    h for h in hdus if h.is_image and len(h.shape) >= 2 and math.prod(h.shape[:-2]) == 1
+                ]
                 if not images:
-                    raise BadFileError(f"{path}: no HDU holds a 2-D image; give a file with an image of the sky")
+                    raise BadFileError(
+                        f"{path}: no HDU holds a 2-D image; give a file with an image of the sky"
+                    )
                 best = max(images, key=lambda h: h.shape[-1] * h.shape[-2])
                 data = np.squeeze(best.data)
                 if data is None or data.ndim != 2:
@@ -59,9 +63,13 @@ def read_image(path: Path) -> tuple[NDArray[np.float32], dict[str, Any], Any]:
     except BadFileError:
         raise
     except Exception as error:  # astropy raises OSError, ValueError, TypeError, zlib.error… for damaged files
-        raise BadFileError(f"{path}: not readable as FITS ({type(error).__name__}: {error}); copy it again") from error
+        raise BadFileError(
+            f"{path}: not readable as FITS ({type(error).__name__}: {error}); copy it again"
+        ) from error
     if min(image.shape) < MIN_SIDE:
-        raise UnprocessableDataError(f"{path}: image of {image.shape[1]} x {image.shape[0]} pixels; at least {MIN_SIDE}")
+        raise UnprocessableDataError(
+            f"{path}: image of {image.shape[1]} x {image.shape[0]} pixels; at least {MIN_SIDE}"
+        )
     return image, header, wcs
 
 
@@ -79,20 +87,29 @@ def _wcs(header: Any, primary: Any) -> Any:
             wcs = WCS(candidate).celestial
             if wcs.has_celestial and np.isfinite(wcs.all_pix2world([[1.0, 1.0]], 0)).all():
                 return wcs
-        except Exception:  # astropy's WCS raises many kinds for broken keywords; a missing WCS is no error here
+        except (
+            Exception
+        ):  # astropy's WCS raises many kinds for broken keywords; a missing WCS is no error here
             continue
     return None
 
 
-def load_exposure(path: Path, *, gain: float | None = None, saturation: float | None = None) -> Exposure:
+def load_exposure(
+    path: Path,
+    *,
+    default_gain: float | None = None,
+    default_saturation: float | None = None,
+) -> Exposure:
     """Read an image and estimate what its header does not say.
 
-    Sky: 128-pixel mesh. Noise: robust scatter of the sky. Gain (e-/ADU): argument, GAIN/EGAIN keyword, or
-    sky / noise² when the sky is in the image (photon-limited), else no photon noise. Saturation: argument,
-    SATURATE-like keyword, or where the peaks of the image pile up.
+    Sky: 128-pixel mesh. Noise: robust scatter of the sky. Gain (e-/ADU): GAIN/EGAIN keyword, argument, or
+    sky / noise² when the sky is in the image (photon-limited), else no photon noise. Saturation: the
+    lowest of SATURATE-like keyword (else the argument) and the level at which the image's peaks pile up.
     """
     image, header, wcs = read_image(path)
-    exposure = prepare(image, header, gain=gain, saturation=saturation, name=path.name)
+    exposure = prepare(
+        image, header, default_gain=default_gain, default_saturation=default_saturation, name=path.name
+    )
     exposure.wcs = wcs
     exposure.metadata |= {"path": str(path), "header": header}
     return exposure
@@ -102,8 +119,8 @@ def prepare(
     image: NDArray[np.float32],
     header: dict[str, Any],
     *,
-    gain: float | None = None,
-    saturation: float | None = None,
+    default_gain: float | None = None,
+    default_saturation: float | None = None,
     name: str = "image",
 ) -> Exposure:
     """Build a background-subtracted exposure from bare pixels; see :func:`load_exposure`."""
@@ -119,7 +136,7 @@ def prepare(
         raise UnprocessableDataError(f"{name}: the image is constant; nothing to measure")
     mask[missing] |= np.uint16(MaskPlane.NO_DATA)
     filled = np.where(missing, np.median(image[~missing]), image).astype(np.float32)
-    limit = saturation or _keyword(header, ("SATURATE", "SATLEVEL", "MAXLIN", "SATURATA"))
+    limit = _keyword(header, ("SATURATE", "SATLEVEL", "MAXLIN", "SATURATA")) or default_saturation
     observed = _pile_up(filled, missing)
     limit = min(v for v in (limit, observed, math.inf) if v is not None and v > 0)
     saturated = (filled >= limit) & ~missing
@@ -136,7 +153,7 @@ def prepare(
     good = mask == 0
     noise = _noise(sky_subtracted, good)
     sky = float(np.median(level))
-    found = gain or _keyword(header, ("GAIN", "EGAIN", "GAINA", "ARAWGAIN"))
+    found = _keyword(header, ("GAIN", "EGAIN", "GAINA", "ARAWGAIN")) or default_gain
     if not found or not 0.01 < found < 1000:
         found = sky / noise**2 if sky > 5 * noise else math.inf
     photon = np.maximum(sky_subtracted, 0) / np.float32(found) if math.isfinite(found) else np.float32(0)

@@ -21,7 +21,9 @@ STILL = 0.35
 """Pixels of misalignment that are left to the matching kernel instead of resampling."""
 
 
-def align_to(fixed: Exposure, moving: Exposure, *, stars: Stars | None = None, name: str = "reference") -> Exposure:
+def align_to(
+    fixed: Exposure, moving: Exposure, *, stars: Stars | None = None, name: str = "reference"
+) -> Exposure:
     """An exposure resampled onto another's grid.
 
     Parameters
@@ -63,7 +65,9 @@ def align_to(fixed: Exposure, moving: Exposure, *, stars: Stars | None = None, n
     if fixed.shape == moving.shape and _is_still(stars, other):
         image, variance, mask = moving.image, moving.variance, moving.mask
     else:
-        image, variance, mask = resample(moving.image, moving.variance, moving.mask, registration, fixed.shape)
+        image, variance, mask = resample(
+            moving.image, moving.variance, moving.mask, registration, fixed.shape
+        )
     if (mask & MaskPlane.NO_DATA == 0).mean() < 0.02:
         raise NoWorkFoundError(f"{name} does not overlap the image it was aligned to")
     result = Exposure(
@@ -92,7 +96,10 @@ def _by_wcs(fixed: Exposure, moving: Exposure) -> Registration | None:
     """A registration from both headers, or None when one is missing or they do not overlap."""
     if fixed.wcs is None or moving.wcs is None:
         return None
-    x, y = (v.ravel() for v in np.meshgrid(np.linspace(0, fixed.shape[1] - 1, 8), np.linspace(0, fixed.shape[0] - 1, 8)))
+    x, y = (
+        v.ravel()
+        for v in np.meshgrid(np.linspace(0, fixed.shape[1] - 1, 8), np.linspace(0, fixed.shape[0] - 1, 8))
+    )
     ra, dec = sky_of(fixed.wcs, x, y)
     try:
         if hasattr(moving.wcs, "sky2pix"):
@@ -193,7 +200,9 @@ def _mean(
     saturated = np.stack([(e.mask & MaskPlane.SAT) > 0 for e in exposures]).any(axis=0)
     level = np.array([np.median(e.variance[e.variance < 1e19][::7]) for e in exposures], dtype=np.float32)
     if len(exposures) >= 3:
-        middle = np.median(np.where(bad, np.nan, images), axis=0) if not bad.any() else _nanmedian(images, bad)
+        middle = (
+            np.median(np.where(bad, np.nan, images), axis=0) if not bad.any() else _nanmedian(images, bad)
+        )
         # Stars differ between exposures by seeing: only what exceeds a part of the signal too is an outlier.
         tolerance = clip * np.sqrt(level)[:, None, None] + 0.3 * np.abs(middle)
         bad |= np.abs(images - middle) > tolerance
@@ -215,4 +224,6 @@ def _nanmedian(images: NDArray[np.float32], bad: NDArray[np.bool_]) -> NDArray[n
     count = (~bad).sum(axis=0)
     low = np.take_along_axis(values, np.maximum((count - 1) // 2, 0)[None], axis=0)[0]
     high = np.take_along_axis(values, np.maximum(count // 2, 0).clip(max=len(images) - 1)[None], axis=0)[0]
-    return np.where(count > 0, (np.where(count > 0, low, 0) + np.where(count > 0, high, 0)) / 2, 0).astype(np.float32)
+    return np.where(count > 0, (np.where(count > 0, low, 0) + np.where(count > 0, high, 0)) / 2, 0).astype(
+        np.float32
+    )

@@ -59,7 +59,13 @@ def _terms(u: Float64, v: Float64, order: int) -> Float64:
 
 
 def register(
-    x: ArrayLike, y: ArrayLike, x_other: ArrayLike, y_other: ArrayLike, *, tolerance: float = 3.0, name: str = "image"
+    x: ArrayLike,
+    y: ArrayLike,
+    x_other: ArrayLike,
+    y_other: ArrayLike,
+    *,
+    tolerance: float = 3.0,
+    name: str = "image",
 ) -> Registration:
     """Find the transform from one image's pixels to another's.
 
@@ -98,7 +104,9 @@ def register(
     return _polish(xs, ys, xo, yo, match.transform, tolerance)
 
 
-def _polish(xs: Float64, ys: Float64, xo: Float64, yo: Float64, affine: Affine, tolerance: float) -> Registration:
+def _polish(
+    xs: Float64, ys: Float64, xo: Float64, yo: Float64, affine: Affine, tolerance: float
+) -> Registration:
     """Polynomial fit with clipping, its degree growing with the number of stars."""
     scale = float(max(np.abs(xs).max(), np.abs(ys).max(), 1.0))
     px, py = affine(xs, ys)

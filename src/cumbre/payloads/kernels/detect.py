@@ -252,7 +252,9 @@ def measure(
     core = near & (weight > 0)
     residual = (data - flux * profile)[core]
     # The PSF's profile is not known perfectly; a bright source is not punished for it.
-    tolerance = 1.0 / np.maximum(weight[core], 1e-30) + (profile_tolerance * flux * float(profile.max())) ** 2 / 9.0
+    tolerance = (
+        1.0 / np.maximum(weight[core], 1e-30) + (profile_tolerance * flux * float(profile.max())) ** 2 / 9.0
+    )
     tolerance += (profile_tolerance * flux * profile[core]) ** 2
     n = int(core.sum())
     sign = -1.0 if flux < 0 else 1.0
