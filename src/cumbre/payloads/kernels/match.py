@@ -5,6 +5,7 @@ counting how many of the brightest stars fall on a star of the other list, throu
 search stops as soon as the count cannot be chance.
 """
 
+# ruff: noqa: PLR0917 -- arrays are taken by position, in the order of the whole room
 from __future__ import annotations
 
 from dataclasses import dataclass

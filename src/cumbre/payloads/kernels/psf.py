@@ -4,6 +4,7 @@ Stars are shifted to a pixel centre with Lanczos 3, divided by their flux and fi
 differ from the model (galaxies, blends, cosmic rays) are left out and the fit repeated.
 """
 
+# ruff: noqa: PLR0917 -- arrays are taken by position, in the order of the whole room
 from __future__ import annotations
 
 from dataclasses import dataclass

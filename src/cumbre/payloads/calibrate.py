@@ -1,0 +1,366 @@
+"""Calibration of one image: background, cosmic rays, stars, PSF, astrometry, zero point.
+
+The order matters: the PSF needs stars, the astrometry their positions, the zero point PSF fluxes of stars with
+a reference magnitude. What is measured on the way goes into ``exposure.metrics``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cumbre.core.errors import NoWorkFoundError, UnprocessableDataError
+from cumbre.core.geometry import approximate_wcs
+from cumbre.core.instrument import Instrument
+from cumbre.payloads.exposure import Exposure, MaskPlane
+from cumbre.payloads.kernels import isr
+from cumbre.payloads.kernels.cosmic_rays import find_cosmic_rays, star_contrast
+from cumbre.payloads.kernels.match import Affine, Match, match_blind, nearest_pairs, refine, vote_shift
+from cumbre.payloads.kernels.photometry import aperture_photometry, forced_psf_photometry
+from cumbre.payloads.kernels.psf import PsfModel, fit_psf, select_psf_stars, windowed_centroid
+from cumbre.payloads.kernels.wcs import PlaneWcs, WcsFit, fit_wcs
+from cumbre.payloads.refcat import RefCat
+from cumbre.payloads.stars import Detections, background_and_sources
+
+__all__ = ["CalibrateConfig", "RefCat", "calibrate", "solve_astrometry"]
+
+STAR_TYPE = np.dtype(
+    [
+        ("x", "f8"), ("y", "f8"), ("ra", "f8"), ("dec", "f8"), ("flux", "f8"), ("flux_err", "f8"), ("snr", "f8"),
+        ("half_light_px", "f8"), ("bits", "u2"), ("isolated", "?"), ("is_psf_star", "?"), ("ref_index", "i8"),
+    ]
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrateConfig:
+    """Choices of :func:`calibrate`.
+
+    Attributes
+    ----------
+    threshold
+        Detection threshold in sky sigma.
+    mesh_px
+        Background mesh.
+    wcs_order
+        Highest degree of the distortion polynomial.
+    cosmic_rays
+        Whether to look for them.
+    min_matches
+        Least number of matched reference stars.
+    """
+
+    threshold: float = 6.0
+    mesh_px: int = 64
+    wcs_order: int = 3
+    cosmic_rays: bool = True
+    min_matches: int = 6
+
+
+def _psf(
+    exposure: Exposure, found: Detections, noise: float, bits: int
+) -> tuple[PsfModel, NDArray[np.int64]]:
+    x, y = np.clip(found.x.round().astype(int), 0, None), np.clip(found.y.round().astype(int), 0, None)
+    clean = (exposure.mask[y, x] & bits) == 0
+    chosen = select_psf_stars(
+        found.x, found.y, found.flux, found.snr, found.half_light_px, found.elongation,
+        usable=found.isolated & clean, shape=exposure.shape,
+    )  # fmt: skip
+    if chosen.size == 0:
+        raise NoWorkFoundError(f"none of {len(found)} sources is a clean star; no PSF can be measured")
+    guess = float(np.median(found.fwhm_px[chosen]))
+    psf = fit_psf(
+        exposure.image,
+        exposure.mask,
+        found.x[chosen],
+        found.y[chosen],
+        bad_bits=bits,
+        fwhm_px=guess,
+        noise=noise,
+    )
+    return psf, chosen
+
+
+def _match(
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    xr: NDArray[np.float64],
+    yr: NDArray[np.float64],
+    reach_px: float,
+) -> Match | None:
+    """Match pixels with predicted pixels: first as a shift, then blind."""
+    n, m = min(x.size, 150), min(xr.size, 500)
+    dx, dy, votes, chance = vote_shift(
+        x[:n], y[:n], xr[:m], yr[:m], max_shift=reach_px, cell=max(2.5, reach_px / 300)
+    )
+    if votes >= max(5.0, chance + 6 * np.sqrt(chance) + 3):
+        shift = Affine(np.eye(2), np.array([dx, dy]))
+        cell = max(5.0, reach_px / 150)
+        match = refine(x, y, xr, yr, shift, cell)
+        if match is not None and match.n >= max(5.0, 0.5 * votes) and match.n >= 0.3 * min(n, m) * 0.5:
+            return match
+    return match_blind(x, y, xr, yr, tolerance=5.0, max_shift=reach_px * 1.5)
+
+
+def solve_astrometry(
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    reference: RefCat,
+    prediction: PlaneWcs,
+    *,
+    band: str,
+    shape: tuple[int, int],
+    pointing_error_deg: float,
+    order: int = 3,
+    min_matches: int = 6,
+) -> tuple[WcsFit, NDArray[np.int64], NDArray[np.int64]]:
+    """Match stars with the reference and fit the WCS.
+
+    Parameters
+    ----------
+    x, y
+        0-based positions, brightest first, shape (n,).
+    prediction
+        Where the header says the detector looks; may be off by ``pointing_error_deg``, turned or mirrored.
+
+    Returns
+    -------
+    fit, star, ref
+        The WCS; indices of the matched stars and reference stars (before the fit's clipping).
+
+    Raises
+    ------
+    UnprocessableDataError
+        No match, or fewer than ``min_matches``.
+    """
+    ny, nx = shape
+    scale = prediction.pixel_scale_arcsec
+    centre = prediction.pix2sky((nx - 1) / 2, (ny - 1) / 2)
+    half_deg = 0.5 * np.hypot(nx, ny) * scale / 3600
+    nearby = reference.cone_index(float(centre[0]), float(centre[1]), half_deg * 1.1 + pointing_error_deg)
+    near = reference.take(nearby)
+    if len(near) < min_matches:
+        raise NoWorkFoundError(
+            f"astrometry: {len(near)} reference stars within {half_deg + pointing_error_deg:.2f} deg of "
+            f"({float(centre[0]):.4f}, {float(centre[1]):.4f}); at least {min_matches} are needed"
+        )
+    brightness = near.brightness(band)
+    rank = np.argsort(np.where(np.isfinite(brightness), brightness, np.inf), kind="stable")
+    xr, yr = prediction.sky2pix(near.ra[rank], near.dec[rank])
+    match = _match(x, y, xr, yr, pointing_error_deg * 3600 / scale)
+    if match is None or match.n < min_matches:
+        raise UnprocessableDataError(
+            f"astrometry: {x.size} stars do not match {len(near)} reference stars around "
+            f"({float(centre[0]):.4f}, {float(centre[1]):.4f}) within {pointing_error_deg} deg; "
+            "check the pointing in the header, or clouds"
+        )
+    first, second = match.first, rank[match.second]
+    centre_px = ((nx - 1) / 2, (ny - 1) / 2)
+    fit = fit_wcs(x[first], y[first], near.ra[second], near.dec[second], crpix=centre_px, order=min(order, 2))
+    for degree in (order, order):
+        px, py = fit.wcs.sky2pix(near.ra, near.dec)
+        rms_px = np.hypot(fit.rms_x_arcsec, fit.rms_y_arcsec) / scale
+        first, second = nearest_pairs(x, y, px, py, float(np.clip(5 * rms_px, 0.7, 3.0)))
+        if first.size < min_matches:
+            raise UnprocessableDataError(f"astrometry: only {first.size} stars agree with the fitted WCS")
+        fit = fit_wcs(x[first], y[first], near.ra[second], near.dec[second], crpix=centre_px, order=degree)
+    return fit, first, nearby[second]
+
+
+def _zero_point(
+    flux: NDArray[np.float64], error: NDArray[np.float64], mag: NDArray[np.float64]
+) -> tuple[float, float, float, int]:
+    """Clipped median of reference − instrumental magnitude: value, its error, scatter, number of stars."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        good = np.isfinite(mag) & (flux > 0) & (flux > 10 * error)
+    if good.sum() < 3:
+        return float("nan"), float("nan"), float("nan"), int(good.sum())
+    value = mag[good] + 2.5 * np.log10(flux[good])
+    # equal weights beyond 2 %: reference catalogues have colour terms
+    weight = 1 / ((1.0857 * error[good] / flux[good]) ** 2 + 0.02**2)
+    used = np.ones(value.size, bool)
+    centre, sigma = float(np.median(value)), 0.0
+    for _ in range(5):
+        centre = float(np.median(value[used]))
+        sigma = 1.4826 * float(np.median(np.abs(value[used] - centre)))
+        keep = np.abs(value - centre) < max(3 * sigma, 0.005)
+        if keep.sum() < 3 or np.array_equal(keep, used):
+            break
+        used = keep
+    mean = float(np.sum(weight[used] * value[used]) / np.sum(weight[used]))
+    return mean, max(sigma, 1e-4) / float(np.sqrt(used.sum())), sigma, int(used.sum())
+
+
+def calibrate(
+    exposure: Exposure,
+    reference: RefCat | None,
+    *,
+    instrument: Instrument,
+    config: CalibrateConfig | None = None,
+) -> Exposure:
+    """Calibrate an image after ISR.
+
+    Parameters
+    ----------
+    exposure
+        Result of ``assemble_and_correct``; its metadata has ra_deg, dec_deg, rotpa_deg, detector and band. It is not
+        changed.
+    reference
+        Reference stars around the pointing; None leaves the predicted WCS and no zero point.
+    instrument
+        Geometry and how far the pointing may be off.
+
+    Returns
+    -------
+    Exposure
+        Background-subtracted with PSF, WCS (:class:`PlaneWcs`), zero point for PSF fluxes, metrics, and
+        ``metadata["stars"]``: a structured array of the detected sources.
+
+    Raises
+    ------
+    NoWorkFoundError
+        No source, no star, or no reference stars there.
+    UnprocessableDataError
+        The stars do not match the reference.
+    """
+    config = config or CalibrateConfig()
+    where = f"{exposure.metadata.get('obs_id', '?')} detector {exposure.metadata.get('detector', '?')}"
+    try:
+        return _calibrate(exposure, reference, instrument, config)
+    except UnprocessableDataError as error:
+        raise type(error)(f"{where}: {error}") from error
+
+
+def _calibrate(
+    exposure: Exposure, reference: RefCat | None, instrument: Instrument, config: CalibrateConfig
+) -> Exposure:
+    bits = MaskPlane.unusable()
+    mask = exposure.mask.copy()
+    bad = ((mask & bits) > 0) | ~np.isfinite(exposure.image)
+    background, image, found = background_and_sources(
+        exposure.image, bad, mesh=config.mesh_px, threshold=config.threshold
+    )
+    result = replace(
+        exposure, image=image, variance=exposure.variance.copy(), mask=mask, background=background.level,
+        is_background_subtracted=True, metadata=dict(exposure.metadata), metrics=dict(exposure.metrics),
+    )  # fmt: skip
+    if config.cosmic_rays:
+        # where structure adds to the noise (fixed patterns, few bias frames) the variance is too small
+        excess = background.global_rms**2 / max(float(np.median(result.variance[::5, ::5])), 1e-6)
+        # cosmic rays are the smallest detections; a width that many sources have is that of stars
+        width = float(np.median(found.fwhm_px[found.isolated])) if found.isolated.any() else 2.5
+        found_cr, result.image = find_cosmic_rays(
+            image, result.variance * np.float32(max(1.0, excess)), bad, contrast=star_contrast(0.9 * width)
+        )
+        mask[found_cr] |= np.uint16(MaskPlane.CR | MaskPlane.INTRP)
+        result.metrics["cosmic_ray_pixels"] = float(np.count_nonzero(found_cr))
+        x, y = found.x.round().astype(int), found.y.round().astype(int)
+        struck = (mask[np.clip(y, 0, mask.shape[0] - 1), np.clip(x, 0, mask.shape[1] - 1)] & MaskPlane.CR) > 0
+        found = _take(found, ~struck) if (~struck).any() else found
+    isr.fill_bad_pixels(result.image, result.variance, mask, int(MaskPlane.BAD | MaskPlane.NO_DATA))
+    noise = background.global_rms
+    result.psf, psf_stars = _psf(result, found, noise, bits | int(MaskPlane.CR))
+    x, y = windowed_centroid(
+        np.ascontiguousarray(result.image), found.x, found.y, max(result.psf.fwhm_px, 1.5) / 2.3548, 8
+    )
+    fluxes = forced_psf_photometry(result.image, result.variance, mask, result.psf, x, y, bad_bits=bits)
+    stars = np.zeros(len(found), STAR_TYPE)
+    stars["x"], stars["y"], stars["snr"], stars["half_light_px"] = x, y, found.snr, found.half_light_px
+    stars["flux"], stars["flux_err"], stars["bits"] = fluxes.flux, fluxes.flux_err, fluxes.bits
+    stars["isolated"], stars["ref_index"] = found.isolated, -1
+    stars["is_psf_star"][psf_stars] = True
+    result.metadata["stars"] = stars
+    _sky_metrics(result, background.global_level, noise)
+    _astrometry(result, stars, reference, instrument, config)
+    scale = result.wcs.pixel_scale_arcsec if result.wcs is not None else float("nan")
+    result.metrics["pixel_scale_arcsec"] = scale
+    result.metrics["seeing_arcsec"] = result.psf.fwhm_px * scale
+    if np.isfinite(result.zero_point):
+        area = result.psf.effective_area((mask.shape[1] - 1) / 2, (mask.shape[0] - 1) / 2)
+        result.metrics["m5"] = result.zero_point - 2.5 * float(np.log10(5 * noise * np.sqrt(area)))
+        level = background.global_level / scale**2
+        if level > 0:
+            result.metrics["sky_mag_arcsec2"] = result.zero_point - 2.5 * float(np.log10(level))
+    return result
+
+
+def _take(found: Detections, keep: NDArray[np.bool_]) -> Detections:
+    return Detections(*(getattr(found, name)[keep] for name in found.__slots__))
+
+
+def _sky_metrics(result: Exposure, level: float, noise: float) -> None:
+    stars, psf = result.metadata["stars"], result.psf
+    big = 3.0 * psf.fwhm_px
+    picked = stars["is_psf_star"] & (stars["flux"] > 50 * stars["flux_err"])
+    correction = float("nan")
+    if picked.any():
+        bad = (result.mask & MaskPlane.unusable()) > 0
+        total, _, flags = aperture_photometry(
+            result.image, result.variance, bad, stars["x"][picked], stars["y"][picked], big,
+            annulus=(big * 1.2, big * 1.7),
+        )  # fmt: skip
+        ratio = (total / stars["flux"][picked])[flags == 0]
+        correction = float(np.median(ratio)) if ratio.size else correction
+    result.metrics.update(
+        {
+            "sky_electrons": level, "sky_noise_electrons": noise, "sky_adu": level / result.metadata.get("gain", 1.0),
+            "psf_fwhm_px": psf.fwhm_px, "n_stars": float(psf.n_stars), "n_detections": float(len(stars)),
+            "aperture_correction": correction,
+        }
+    )  # fmt: skip
+
+
+def _astrometry(
+    result: Exposure,
+    stars: NDArray[np.void],
+    reference: RefCat | None,
+    instrument: Instrument,
+    config: CalibrateConfig,
+) -> None:
+    """Fit WCS and zero point in place."""
+    meta = result.metadata
+    pointing = [float(meta.get(key, float("nan"))) for key in ("ra_deg", "dec_deg", "rotpa_deg")]
+    pointing[2] = pointing[2] if np.isfinite(pointing[2]) else 0.0
+    if not np.isfinite(pointing).all():
+        if reference is None:
+            return
+        raise UnprocessableDataError("astrometry: the header has no pointing (ra, dec)")
+    detector = instrument.detector(int(meta["detector"]))
+    prediction = PlaneWcs.from_header(approximate_wcs(instrument, detector, *pointing))
+    if reference is None:
+        result.wcs = prediction
+        return
+    band = str(meta.get("band", ""))
+    order = np.argsort(np.where(stars["flux"] > 0, -stars["flux"], np.inf), kind="stable")
+    order = order[np.isfinite(stars["flux"][order])]
+    fit, first, second = solve_astrometry(
+        stars["x"][order], stars["y"][order], reference, prediction, band=band, shape=result.shape,
+        pointing_error_deg=instrument.pointing_error_deg, order=config.wcs_order, min_matches=config.min_matches,
+    )  # fmt: skip
+    matched = order[first]
+    result.wcs = fit.wcs
+    stars["ref_index"][matched] = second
+    stars["ra"], stars["dec"] = fit.wcs.pix2sky(stars["x"], stars["y"])
+    clean = ((stars["bits"][matched] & (MaskPlane.SAT | MaskPlane.CR)) == 0) & fit.used
+    isolated = clean & stars["isolated"][matched]
+    use = isolated if isolated.sum() >= 10 else clean
+    mags = reference.magnitude(band)[second[use]]
+    zero, error, scatter, count = _zero_point(
+        stars["flux"][matched][use], stars["flux_err"][matched][use], mags
+    )
+    result.zero_point, result.zero_point_err = zero, error
+    nx, ny = result.shape[1], result.shape[0]
+    there = fit.wcs.pix2sky((nx - 1) / 2, (ny - 1) / 2)
+    px, py = prediction.sky2pix(*there)
+    offset = np.hypot(px - (nx - 1) / 2, py - (ny - 1) / 2) * prediction.pixel_scale_arcsec
+    result.metrics.update(
+        {
+            "n_matched": float(matched.size), "n_zero_point": float(count), "zero_point": zero,
+            "zero_point_err": error, "zero_point_rms": scatter,
+            "astrometric_rms_arcsec": float(np.hypot(fit.rms_x_arcsec, fit.rms_y_arcsec) / np.sqrt(2)),
+            "astrometric_rms_ra_arcsec": fit.rms_x_arcsec, "astrometric_rms_dec_arcsec": fit.rms_y_arcsec,
+            "pointing_offset_arcsec": float(offset),
+        }
+    )  # fmt: skip

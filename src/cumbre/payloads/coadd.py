@@ -1,0 +1,174 @@
+"""Templates: calibrated images resampled to one sky grid and averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from cumbre.core.errors import NoWorkFoundError, UnprocessableDataError
+from cumbre.payloads.exposure import Exposure, MaskPlane
+from cumbre.payloads.kernels.psf import PsfModel, fit_psf, gaussian_psf, select_psf_stars
+from cumbre.payloads.kernels.warp import NO_VARIANCE, SkyMap, warp_between
+from cumbre.payloads.stars import detect
+
+TEMPLATE_ZERO_POINT = 27.0
+"""AB magnitude of one unit of a template."""
+
+
+@njit(cache=True)
+def _combine(images, variances, masks, unusable, clip, image, variance, mask, depth, any_bits):  # type: ignore[no-untyped-def]
+    n, ny, nx = images.shape
+    values, weights = np.empty(n, np.float32), np.empty(n, np.float32)
+    for j in range(ny):
+        for i in range(nx):
+            m = 0
+            bits, common = 0, 65535
+            for k in range(n):
+                bits_k = masks[k, j, i]
+                common &= bits_k
+                if bits_k & unusable:
+                    continue
+                values[m], weights[m] = images[k, j, i], 1.0 / variances[k, j, i]
+                bits |= bits_k & any_bits
+                m += 1
+            if m == 0:
+                # nothing good: say why (saturated in all), and keep the mean where there is light at all
+                total, count = 0.0, 0
+                for k in range(n):
+                    if not masks[k, j, i] & 256:
+                        total += images[k, j, i]
+                        count += 1
+                image[j, i] = total / count if count else 0.0
+                mask[j, i] = common | 256 if count == 0 else common | 1
+                continue
+            if m >= 3:
+                middle = np.median(values[:m])
+                kept = 0
+                for k in range(m):
+                    # sigma of one value, and a part of the light for centroid and seeing differences
+                    allowed = clip / np.sqrt(weights[k]) + 0.3 * abs(middle)
+                    if abs(values[k] - middle) <= allowed:
+                        values[kept], weights[kept] = values[k], weights[k]
+                        kept += 1
+                m = kept
+            elif m == 2:
+                # of two that disagree badly the lower one is right: cosmic rays and trails are bright
+                allowed = 2 * clip * np.sqrt(1 / weights[0] + 1 / weights[1])
+                low = 0 if values[0] < values[1] else 1
+                if abs(values[0] - values[1]) > allowed + abs(values[low]):
+                    values[0], weights[0] = values[low], weights[low]
+                    m = 1
+            total, weight = 0.0, 0.0
+            for k in range(m):
+                total += weights[k] * values[k]
+                weight += weights[k]
+            if weight > 0:
+                image[j, i] = total / weight
+                variance[j, i] = 1 / weight
+                mask[j, i] = bits
+                depth[j, i] = m
+            else:
+                mask[j, i] = 256
+
+
+def make_template(
+    exposures: Sequence[Exposure], wcs: SkyMap, shape: tuple[int, int], *, clip: float = 5.0
+) -> Exposure:
+    """Average calibrated images on one grid.
+
+    Parameters
+    ----------
+    exposures
+        Background-subtracted, with WCS and zero point.
+    wcs, shape
+        Of the template; shape is (ny, nx).
+    clip
+        Values further than ``clip`` sigma (plus 30 % of the light) from the median are left out.
+
+    Returns
+    -------
+    Exposure
+        Inverse-variance mean scaled to the zero point 27, with PSF; NO_DATA where no image reaches. ``metrics`` has
+        coverage (fraction of pixels with data), mean_depth and n_inputs; ``metadata["depth"]`` is the number of
+        images used at each pixel (uint8).
+
+    Raises
+    ------
+    NoWorkFoundError
+        No image, or none overlaps the grid.
+    UnprocessableDataError
+        An image is not calibrated.
+    """
+    if not exposures:
+        raise NoWorkFoundError("template: no calibrated images were given")
+    planes: list[tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.uint16]]] = []
+    used: list[Exposure] = []
+    for exposure in exposures:
+        name = exposure.metadata.get("obs_id", "?")
+        if (
+            exposure.wcs is None
+            or not np.isfinite(exposure.zero_point)
+            or not exposure.is_background_subtracted
+        ):
+            raise UnprocessableDataError(
+                f"template: {name} has no WCS, zero point or background; calibrate it first"
+            )
+        image, variance, mask = warp_between(
+            exposure.image, exposure.variance, exposure.mask, exposure.wcs, wcs, shape
+        )
+        if not np.any((mask & MaskPlane.NO_DATA) == 0):
+            continue
+        scale = np.float32(10 ** (-0.4 * (exposure.zero_point - TEMPLATE_ZERO_POINT)))
+        image *= scale
+        # noise of the sky, not of the stars: else bright stars would weigh differently from image to image
+        data = (mask & MaskPlane.unusable()) == 0
+        sky = np.float32(np.median(variance[data][::17])) if data.any() else np.float32(1)
+        variance = np.where(variance < NO_VARIANCE * 1e-4, np.maximum(variance, sky) * scale**2, NO_VARIANCE)
+        planes.append((image, variance, mask))
+        used.append(exposure)
+    if not planes:
+        raise NoWorkFoundError(f"template: none of {len(exposures)} images overlaps the grid")
+    result = Exposure(
+        np.zeros(shape, np.float32), np.full(shape, NO_VARIANCE, np.float32),
+        np.full(shape, MaskPlane.NO_DATA, np.uint16), wcs=wcs, zero_point=TEMPLATE_ZERO_POINT,
+        zero_point_err=float(np.median([e.zero_point_err for e in used])), is_background_subtracted=True,
+    )  # fmt: skip
+    depth = np.zeros(shape, np.uint8)
+    bad = np.uint16(MaskPlane.unusable() | MaskPlane.CR | MaskPlane.STREAK)
+    keep = np.uint16(MaskPlane.INTRP | MaskPlane.SUSPECT | MaskPlane.VIGNETTED | MaskPlane.INJECTED)
+    stacks = [np.stack([plane[k] for plane in planes]) for k in range(3)]
+    _combine(*stacks, bad, clip, result.image, result.variance, result.mask, depth, keep)
+    first = used[0].metadata
+    result.metadata = {key: first[key] for key in ("instrument", "band", "physical_filter") if key in first}
+    result.metadata |= {"inputs": [e.metadata.get("obs_id", "") for e in used], "depth": depth}
+    result.metrics = {
+        "coverage": float(np.mean(depth > 0)), "mean_depth": float(depth.mean()), "n_inputs": float(len(used))
+    }  # fmt: skip
+    result.psf = _template_psf(result, used)
+    result.metrics["psf_fwhm_px"] = result.psf.fwhm_px
+    return result
+
+
+def _template_psf(template: Exposure, used: Sequence[Exposure]) -> PsfModel:
+    """PSF of the template's own stars; a Gaussian of the inputs' width where there are none."""
+    data = template.mask & np.uint16(MaskPlane.unusable())
+    good = data == 0
+    try:
+        sample = template.image[good][::7]
+        noise = 1.4826 * float(np.median(np.abs(sample - np.median(sample))))
+        found, _ = detect(template.image, noise, ~good, threshold=15)
+        chosen = select_psf_stars(
+            found.x, found.y, found.flux, found.snr, found.half_light_px, found.elongation,
+            usable=found.isolated, shape=template.shape,
+        )  # fmt: skip
+        width = float(np.median(found.fwhm_px[chosen])) if chosen.size else 3.0
+        return fit_psf(
+            template.image, template.mask, found.x[chosen], found.y[chosen], bad_bits=MaskPlane.unusable(),
+            fwhm_px=width, noise=noise,
+        )  # fmt: skip
+    except UnprocessableDataError:
+        widths = [e.psf.fwhm_px for e in used if e.psf is not None]
+        return gaussian_psf(float(np.median(widths)) if widths else 3.0, template.shape)

@@ -1,0 +1,137 @@
+"""Detection of the sources of one image, as calibration needs them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cumbre.core.errors import NoWorkFoundError
+from cumbre.payloads.kernels.background import Background, measure_background
+
+FloatImage = NDArray[np.float32]
+SEP_BLENDED, SEP_TRUNCATED = 2 | 1, 8
+_KERNEL = np.array([[1, 2, 1], [2, 4, 2], [1, 2, 1]], np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Detections:
+    """Sources of one image, brightest first; arrays of shape (n,).
+
+    Attributes
+    ----------
+    x, y
+        0-based centroids.
+    flux
+        Isophotal, in the image's unit.
+    snr, half_light_px, elongation
+        Significance; radius of half the light; a / b.
+    isolated
+        Not blended and not cut by the edge.
+    fwhm_px
+        Gaussian FWHM from second moments.
+    """
+
+    x: NDArray[np.float64]
+    y: NDArray[np.float64]
+    flux: NDArray[np.float64]
+    snr: NDArray[np.float64]
+    half_light_px: NDArray[np.float64]
+    elongation: NDArray[np.float64]
+    fwhm_px: NDArray[np.float64]
+    isolated: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return int(self.x.size)
+
+
+def detect(
+    image: FloatImage,
+    noise: float | FloatImage,
+    bad: NDArray[np.bool_] | None = None,
+    *,
+    threshold: float = 6.0,
+    min_area: int = 5,
+) -> tuple[Detections, NDArray[np.int32]]:
+    """Sources above ``threshold`` sigma in a background-subtracted image.
+
+    Parameters
+    ----------
+    noise
+        Sky noise per pixel.
+    bad
+        Pixels that are not searched.
+
+    Returns
+    -------
+    detections, segments
+        Brightest first; int32 (ny, nx), 0 where there is no source.
+
+    Raises
+    ------
+    NoWorkFoundError
+        No source.
+    """
+    import sep
+
+    pixels = np.ascontiguousarray(image, np.float32)
+    sep.set_extract_pixstack(max(300_000, pixels.size // 4))
+    objects, segments = sep.extract(
+        pixels,
+        threshold,
+        err=noise,
+        mask=bad,
+        minarea=min_area,
+        filter_kernel=_KERNEL,
+        deblend_nthresh=16,
+        deblend_cont=0.01,
+        segmentation_map=True,
+    )
+    ok = (objects["flux"] > 0) & np.isfinite(objects["a"]) & (objects["b"] > 0)
+    objects = objects[ok]
+    if objects.size == 0:
+        raise NoWorkFoundError(
+            f"no source above {threshold:g} sigma in an image of {image.shape[1]} x {image.shape[0]} pixels"
+        )
+    objects = objects[np.argsort(-objects["flux"], kind="stable")]
+    x, y = objects["x"].astype(np.float64), objects["y"].astype(np.float64)
+    a, b = objects["a"], objects["b"]
+    radius, _ = sep.flux_radius(pixels, x, y, np.clip(6 * a, 4, 30), 0.5, mask=bad, subpix=5)
+    sky = np.asarray(noise)
+    local = (
+        sky[np.clip(y.astype(int), 0, None), np.clip(x.astype(int), 0, None)]
+        if sky.ndim
+        else np.full(x.size, float(sky))
+    )
+    snr = objects["flux"] / (local * np.sqrt(np.maximum(objects["npix"], 1)))
+    return (
+        Detections(
+            x, y, objects["flux"].astype(float), snr, np.asarray(radius, float), (a / b).astype(float),
+            2.3548 * np.sqrt((a**2 + b**2) / 2), (objects["flag"] & (SEP_BLENDED | SEP_TRUNCATED)) == 0,
+        ),
+        segments,
+    )  # fmt: skip
+
+
+def background_and_sources(
+    image: FloatImage, bad: NDArray[np.bool_], *, mesh: int = 64, **options: Any
+) -> tuple[Background, FloatImage, Detections]:
+    """Background measured twice: the second time without the sources that the first one showed.
+
+    Returns
+    -------
+    background, subtracted, detections
+        The final background; the image without it; the sources.
+    """
+    import cv2
+
+    first = measure_background(image, bad, mesh=mesh)
+    found, segments = detect(image - first.level, first.global_rms, bad, **options)
+    # the wings of a star reach beyond its isophote
+    covered = cv2.dilate((segments > 0).astype(np.uint8), np.ones((7, 7), np.uint8)) > 0
+    if np.mean(covered | bad) > 0.8:
+        return first, image - first.level, found
+    second = measure_background(image, bad | covered, mesh=mesh)
+    return second, image - second.level, found
