@@ -36,7 +36,7 @@ def test_events_wait_for_the_disk_and_telemetry_does_not(tmp_path):
     with open_bus(f"sqlite://{tmp_path}/bus.db", identity="a") as bus:
         for topic, level in (("Image.hop", 2), ("Service.heartbeat", 1), ("Camera.takeImages", 2)):
             bus.publish(topic, {})
-            assert bus._rows("PRAGMA synchronous") == [(level,)]
+            assert bus._db.execute("PRAGMA synchronous").fetchone() == (level,)
 
 
 def test_offsets_are_never_given_twice(tmp_path):

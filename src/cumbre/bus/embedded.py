@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import random
 import sqlite3
 import threading
 import time
@@ -54,9 +55,9 @@ _COMMIT = (
 )
 
 
-def _connect(path: Path) -> sqlite3.Connection:
+def _connect(path: Path, busy_timeout_s: float = BUSY_TIMEOUT_S) -> sqlite3.Connection:
     try:
-        db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+        db = sqlite3.connect(path, timeout=busy_timeout_s, isolation_level=None, check_same_thread=False)
     except sqlite3.Error as error:
         raise FatalError(f"bus {path}: cannot open: {error}; expected a writable folder") from error
     try:
@@ -114,11 +115,13 @@ class SqliteBus(Bus):
         super().__init__(identity=identity, clock=clock, topics=topics)
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._db = _connect(path)
-        weakref.finalize(self, self._db.close)
+        self._db = _connect(path, 0.0)
+        self._look = _connect(path)
+        for connection in (self._db, self._look):
+            weakref.finalize(self, connection.close)
         self._readers: weakref.WeakSet[_SqliteSubscription] = weakref.WeakSet()
         self._durable = False
-        self._lock = threading.Lock()
+        self._lock, self._look_lock = threading.Lock(), threading.Lock()
         self._published = threading.Condition()
         self._serial = 0
         with self._writing() as db:
@@ -136,7 +139,7 @@ class SqliteBus(Bus):
                 if durable != self._durable:
                     self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
                     self._durable = durable
-                self._db.execute("BEGIN IMMEDIATE")
+                self._begin()
                 try:
                     yield self._db
                     self._db.execute("COMMIT")
@@ -146,6 +149,19 @@ class SqliteBus(Bus):
                     raise
             except sqlite3.Error as error:
                 raise self._translated(error) from error
+
+    def _begin(self) -> None:
+        """Wait for our turn. SQLite's own waiting sleeps up to 0.1 s, a hundred times what a turn takes."""
+        deadline = time.monotonic() + BUSY_TIMEOUT_S
+        while True:
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                return
+            except sqlite3.OperationalError as error:
+                busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+                if not busy or time.monotonic() > deadline:
+                    raise
+                time.sleep(random.uniform(0.0001, 0.001))
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -162,8 +178,8 @@ class SqliteBus(Bus):
         return FatalError(f"bus {self.path}: {error}; is it the log of a bus? restore it from a copy")
 
     def _rows(self, query: str, values: Iterable[Any] = ()) -> list[Any]:
-        with self._lock, self._reading():
-            return self._db.execute(query, tuple(values)).fetchall()
+        with self._look_lock, self._reading():
+            return self._look.execute(query, tuple(values)).fetchall()
 
     def _append(self, messages: list[Outgoing]) -> list[int]:
         rows = [
@@ -277,8 +293,9 @@ class SqliteBus(Bus):
         """Close the file and the subscriptions still open."""
         for reader in list(self._readers):
             reader.close()
-        with self._lock:
+        with self._lock, self._look_lock:
             self._db.close()
+            self._look.close()
 
 
 class _SqliteSubscription(Subscription):
