@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cumbre.core.time import Clock
@@ -164,3 +167,20 @@ def test_killed_worker_costs_a_retry(database, engine, tmp_path):
     assert done.attempts == 2
     assert done.result.value["pid"] != victim
     assert [row["outcome"] for row in manager.store.attempts("k")] == ["WorkerLost", "Success"]
+
+
+def test_workers_end_with_a_killed_owner(tmp_path):
+    script = tmp_path / "owner.py"
+    script.write_text(
+        "import time\n"
+        "from cumbre.orchestration.engine import DaskEngine\n"
+        "if __name__ == '__main__':\n"
+        "    engine = DaskEngine(n_workers=1)\n"
+        "    print(*engine.pids().values(), flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as owner:
+        worker = psutil.Process(int(owner.stdout.readline()))
+        owner.kill()
+    gone, _ = psutil.wait_procs([worker], timeout=10)
+    assert gone

@@ -1,0 +1,92 @@
+"""Prompt processing: nextVisit to worker ready, cold and warm; image at the archive to result.
+
+``python benchmarks/prompt.py [SITE]``: SITE is a prepared demonstration site; without one a small site is
+prepared in a temporary folder first. Prints one line of JSON; times are real seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from cumbre.bus import open_bus
+from cumbre.core.configuration import Site
+from cumbre.core.time import Clock, isot
+from cumbre.orchestration.prompt import PRELOAD, PromptService
+from cumbre.stores.postgres import Database, EmbeddedPostgres
+
+
+def small_site(root: Path) -> Site:
+    """A demonstration site with one tile and two template epochs."""
+    from cumbre.site.preparation import prepare
+    from cumbre.site.profiles import write_site
+
+    site = write_site(root)
+    site.config.scheduler.tiles = 1
+    assert site.config.simulator is not None
+    site.config.simulator.template_epochs = 2
+    prepare(site, lambda text: print(text, file=sys.stderr))
+    return site
+
+
+def ready_s(service: PromptService, tile: dict[str, Any], group: str) -> float:
+    """Seconds from publishing a nextVisit until every detector of it is prepared."""
+    clock, instrument = service.clock, next(iter(service._instruments))
+    wanted = len([d for d in service._instruments[instrument][1].detectors if d.purpose == "SCIENCE"])
+    begun = time.monotonic()
+    service.bus.publish(
+        "ScriptQueue.nextVisit",
+        {
+            "groupId": group, "position": [tile["ra"], tile["dec"]], "instrument": instrument, "cameraAngle": 0.0,
+            "startTime": clock.now_tai_s() + 22, "duration": 30.0, "nimages": 1, "survey": tile["name"],
+            "filters": service.site.config.scheduler.filters[0],
+        },
+    )  # fmt: skip
+    while True:
+        service.step(0.02)
+        rows = [r for r in service.store.payloads(PRELOAD, 0) if r["payload"]["visit"]["group_id"] == group]
+        if len(rows) == wanted and all(r["state"] in ("done", "failed") for r in rows):
+            bad = [r["outcome"] for r in rows if r["outcome"] != "Success"]
+            if bad:
+                raise SystemExit(f"preload failed: {bad}")
+            return time.monotonic() - begun
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory(prefix="cumbre-bench-") as scratch:
+        root = Path(scratch)
+        root.chmod(0o711)
+        site = Site.load(Path(sys.argv[1])) if len(sys.argv) > 1 else small_site(root / "site")
+        tiles = json.loads((site.root / "survey.json").read_text())
+        postgres = EmbeddedPostgres(root / "pg", durable=False)
+        try:
+            database = Database(postgres.start())
+            clock = Clock.load(site.clock_path)
+            with open_bus(f"sqlite:///{root}/bus.db", identity="prompt", clock=clock) as bus:
+                begun = time.monotonic()
+                service = PromptService(site=site, bus=bus, clock=clock, db=database)
+                started = time.monotonic() - begun
+                times = [ready_s(service, tiles[0], isot(clock.now_tai_s() + n)) for n in range(6)]
+                service.close()
+            warm = sorted(times[1:])
+            print(
+                json.dumps(
+                    {
+                        "machine": f"{platform.processor() or platform.machine()}, {site.config.prompt.workers} workers",
+                        "service_start_s": round(started, 2),
+                        "next_visit_to_ready_cold_s": round(times[0], 3),
+                        "next_visit_to_ready_warm_s": round(warm[len(warm) // 2], 3),
+                    }
+                )
+            )
+        finally:
+            postgres.stop()
+
+
+if __name__ == "__main__":
+    main()
