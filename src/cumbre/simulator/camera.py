@@ -97,6 +97,10 @@ class SimulatedCamera:
         self._task: _Task | None = None
         self._running: _Running | None = None
         self._weather_tai = -np.inf
+        # Which exposures each command has begun; a command comes again when this process dies before its answer.
+        self._by_command: dict[str, list[str]] = {}
+        for started in self.journal.exposures():
+            self._by_command.setdefault(started.command, []).append(started.obs_id)
         self._settle()
         self._warm_up()
 
@@ -140,13 +144,11 @@ class SimulatedCamera:
 
     def _accept(self, message: Message) -> None:
         """Begin a command, or answer one that a former process of this camera had begun."""
-        before = [s for s in self.journal.exposures() if s.command == self._identity(message)]
-        whole = [s.obs_id for s in before if self.journal.description(s.obs_id) is not None]
+        before = self._by_command.get(self._identity(message), [])
+        whole = [obs_id for obs_id in before if self.journal.description(obs_id) is not None]
         total = max(int(message.fields["numImages"]), 1)
         if before and len(whole) < len(before):
-            self._answer(
-                message, AckCode.FAILED, f"{before[-1].obs_id}: the camera restarted, exposure aborted"
-            )
+            self._answer(message, AckCode.FAILED, f"{before[-1]}: the camera restarted, exposure aborted")
         elif len(whole) >= total:
             self._answer(message, AckCode.COMPLETE, " ".join(whole))
         elif not before and self.clock.now_tai_s() - message.snd_tai > COMMAND_LIFE_S:
@@ -227,6 +229,7 @@ class SimulatedCamera:
             request, instrument.name, command, task.index, task.total, fields["program"], fields["note"]
         )
         self.journal.begin(started)
+        self._by_command.setdefault(command, []).append(request.obs_id)
         self.bus.publish(
             "Camera.startIntegration",
             self._common(started)

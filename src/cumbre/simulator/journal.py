@@ -9,6 +9,7 @@ then ``exposure.json`` after the readout, ``announced.json`` after the events of
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from cumbre.core.ids import ObsId
 from cumbre.simulator.exposure import ExposureRequest
 from cumbre.stores.files import write_atomic
 
+log = logging.getLogger(__name__)
 STARTED, EXPOSURE, ANNOUNCED, ABORTED = "started.json", "exposure.json", "announced.json", "aborted.json"
 SEQUENCE = "sequence.json"
 
@@ -124,8 +126,16 @@ class Journal:
 
     def exposures(self) -> list[Started]:
         """Every exposure that began, oldest first."""
-        out = [self.started(path.parent.name) for path in self.root.glob(f"*/{STARTED}")]
-        return sorted((s for s in out if s is not None), key=lambda s: ObsId.parse(s.obs_id))
+        out = []
+        for path in self.root.glob(f"*/{STARTED}"):
+            try:
+                started = self.started(path.parent.name)
+            except (BadFileError, TypeError, KeyError) as error:
+                log.error("%s: not a journal of this camera, left alone: %s", path, error)
+                continue
+            if started is not None:
+                out.append(started)
+        return sorted(out, key=lambda s: ObsId.parse(s.obs_id))
 
     def unsettled(self) -> list[Started]:
         """Exposures that a crash left between two states, oldest first."""
