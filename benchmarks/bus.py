@@ -31,9 +31,9 @@ HOP = {
     "checksum": "sha256:" + "0" * 64, "hopTai": 1_795_230_000.0,
 }  # fmt: skip
 TOPIC = "Image.hop"
-BOX_S = 0.5
+BOX_S = 0.4
 LATENCY_HZ = 200
-WRITE_S = 1.2
+WRITE_S = 0.8
 
 Row = tuple[str, float, tuple[float, ...], str]
 
@@ -156,7 +156,7 @@ def several_writers(name: str, url: str, count: int) -> Row:
     return f"{name}: {count} processes publish at once", total, (), f"{os.cpu_count()} cores"
 
 
-def waiting(name: str, bus: Bus, seconds: float = 1.0) -> Row:
+def waiting(name: str, bus: Bus, seconds: float = 0.8) -> Row:
     readers = [bus.subscribe([TOPIC], start="now", consumer=f"idle{n}") for n in range(15)]
     threads = [threading.Thread(target=reader.poll, args=(seconds,)) for reader in readers]
     before = resource.getrusage(resource.RUSAGE_SELF)
