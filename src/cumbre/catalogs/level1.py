@@ -24,7 +24,9 @@ CREATE SCHEMA IF NOT EXISTS level1;
 CREATE TABLE level1.felis (sha256 text PRIMARY KEY, applied timestamptz NOT NULL DEFAULT now());
 CREATE TABLE level1.visit_detector (
     visit bigint NOT NULL, detector int NOT NULL, n_sources int NOT NULL, n_objects int NOT NULL,
-    n_forced int NOT NULL, n_alerts int NOT NULL, stored_tai float8 NOT NULL, PRIMARY KEY (visit, detector));
+    n_forced int NOT NULL, n_alerts int NOT NULL, stored_tai float8 NOT NULL, alerted_tai float8,
+    PRIMARY KEY (visit, detector));
+CREATE INDEX visit_detector_unreported ON level1.visit_detector (stored_tai) WHERE alerted_tai IS NULL;
 CREATE TABLE level1.alert_outbox (
     alert_id bigint PRIMARY KEY, sequence bigint GENERATED ALWAYS AS IDENTITY, visit bigint NOT NULL,
     detector int NOT NULL, packet bytea NOT NULL, sent_tai float8);
