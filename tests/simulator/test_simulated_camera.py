@@ -249,3 +249,52 @@ def test_a_damaged_journal_does_not_stop_the_camera(site, bus, clock):
     camera.close()
     assert AckCode(answer.fields["ack"]) is AckCode.COMPLETE
     assert answer.fields["result"].endswith("000005")
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from cumbre.bus import open_bus
+from cumbre.core.configuration import Site
+from cumbre.core.time import Clock
+from cumbre.simulator.camera import SimulatedCamera
+site = Site.load(Path(sys.argv[1]))
+clock = Clock.load(site.clock_path)
+camera = SimulatedCamera(site=site, bus=open_bus(f"sqlite:///{site.root}/bus.db", identity="camera", clock=clock), clock=clock)
+while True:
+    camera.step(0.1)
+"""
+
+
+def test_a_real_kill_in_the_middle_of_an_exposure(site, bus, clock):
+    import signal
+    import subprocess
+    import sys
+    import time
+
+    slow = Clock.starting_at(clock.now_tai_s(), rate=10.0)
+    slow.save(site.clock_path)
+    (site.root / "site.yaml").write_text(json.dumps(site.config.model_dump(mode="json")))
+    sender = open_bus(f"sqlite:///{site.root}/bus.db", identity="queue", clock=slow)
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(site.root)])
+    try:
+        sender.publish("Camera.takeImages", command(site))
+        deadline = time.monotonic() + 30
+        while sender.latest("Camera.startIntegration") is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert sender.latest("Camera.startIntegration") is not None
+    assert sender.latest("Camera.endReadout") is None
+    fast = Clock.starting_at(slow.now_tai_s(), rate=RATE)
+    with open_bus(f"sqlite:///{site.root}/bus.db", identity="camera", clock=fast) as again:
+        camera = SimulatedCamera(site=site, bus=again, clock=fast)
+        again.publish("Camera.takeImages", command(site))
+        answers = run(camera, again, 2)
+        camera.close()
+        aborted = [m.fields["obsId"] for m in events(again, "Image.hop") if m.fields["outcome"] == "Aborted"]
+    sender.close()
+    assert [AckCode(a.fields["ack"]).name for a in answers] == ["FAILED", "COMPLETE"]
+    assert aborted == ["XC_O_20261109_000001"]
+    assert answers[1].fields["result"] == "XC_O_20261109_000002"

@@ -7,7 +7,6 @@ distortion polynomial gives the true radius; a gnomonic (TAN) projection about t
 At rotpa 0 and parity 1, +y is north and +x is west. Everything broadcasts; scalars in, 0-d arrays out.
 """
 
-# ruff: noqa: PLR0917 -- instrument, detector, boresight, position: the order is the house convention
 from __future__ import annotations
 
 from typing import Any
