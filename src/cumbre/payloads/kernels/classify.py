@@ -17,7 +17,7 @@ residual       how far a few per cent of the template's star explain the signal 
 mask           part of the PSF's light on bad or saturated pixels, × 10                 2.0
 elongation     excess of the axis ratio over the PSF's, × 3                             1.2
 width          |ln| of compactness (light in the core / in the aperture) over the PSF's, × 5  1.5
-chance         ln(1 + noise peaks expected in this image at least as significant)      3.5
+chance         ln(1 + noise peaks expected in this image at least as significant)      9.0
 ============== ======================================================================= =========
 
 Hard rules give 0: a streak that is not far outshone, a cosmic ray or a saturated pixel at the centre, a flux that is not finite.
@@ -34,7 +34,7 @@ from cumbre.payloads.kernels.detect import Measurement
 VERSION = "cumbre-logistic-1"
 BIAS = 5.0
 LIMIT = 4.0
-WEIGHTS = (2.2, 1.6, 1.0, 1.2, 3.0, 2.0, 1.2, 1.5, 3.5)
+WEIGHTS = (2.2, 1.6, 1.0, 1.2, 3.0, 2.0, 1.2, 1.5, 9.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,439 @@
+"""Prompt processing of one detector image: raw file in; sources, objects, forced photometry and alerts out.
+
+A function of its arguments: it reads no database and publishes nothing, so that it runs in any worker and gives the
+same answer when it is run again.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cumbre.core.errors import NoWorkFoundError, UnprocessableDataError
+from cumbre.core.ids import COUNTER_BITS, source_id
+from cumbre.core.time import Clock, mjd_from_seconds
+from cumbre.payloads.alert_records import SourceContext, alert, dia_source, stamps_of
+from cumbre.payloads.association import associate, summarise_object
+from cumbre.payloads.difference import UNUSABLE, DifferenceConfig
+from cumbre.payloads.exposure import Exposure, MaskPlane
+from cumbre.payloads.kernels.photometry import forced_psf_photometry
+from cumbre.payloads.kernels.psf import PsfModel
+from cumbre.payloads.kernels.warp import warp_between
+from cumbre.payloads.processing import DifferenceResult, process_pair
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from cumbre.core.instrument import Instrument
+    from cumbre.payloads.calibration import Calibrations
+    from cumbre.payloads.raw import RawDetector
+    from cumbre.payloads.refcat import RefCat
+
+ASSOCIATION_RADIUS_ARCSEC = 1.0
+ALERT_RELIABILITY = 0.5
+"""Sources below are stored but neither sent nor made into new objects."""
+
+
+@dataclass(slots=True)
+class DetectorResult:
+    """What one detector image gave; every list holds rows with the column names of Level 1.
+
+    Attributes
+    ----------
+    dia_sources, dia_objects, forced
+        Rows of DiaSource, of DiaObject (new and updated, whole), and of DiaForcedSource.
+    alerts
+        Packets (schema v11.1) as records, most significant first.
+    quality
+        Fields of ``Prompt.visitQuality``; what is not known is absent.
+    wall_s
+        Seconds by step.
+    """
+
+    dia_sources: list[dict[str, Any]]
+    dia_objects: list[dict[str, Any]]
+    forced: list[dict[str, Any]]
+    alerts: list[dict[str, Any]]
+    quality: dict[str, Any]
+    exposure: Exposure
+    result: DifferenceResult
+    wall_s: dict[str, float] = field(default_factory=dict)
+
+
+def warm_up() -> None:
+    """Compile and import everything on a small artificial pair, so that the first real image does not wait."""
+    from cumbre.payloads import calibrate, isr, raw  # noqa: F401 (their compilation is part of the warm-up)
+    from cumbre.payloads.kernels.wcs import PlaneWcs
+
+    rng = np.random.default_rng(1)
+    ny = nx = 256
+    yy, xx = np.mgrid[:ny, :nx].astype(np.float32)
+    sky = np.zeros((ny, nx), dtype=np.float32)
+    for x, y in rng.uniform(30, 226, (25, 2)):
+        sky += (4000 * np.exp(-((xx - x) ** 2 + (yy - y) ** 2) / (2 * 1.7**2))).astype(np.float32)
+    wcs = PlaneWcs.linear(10.0, -30.0, 128.0, 128.0, np.array([[-2e-4, 0], [0, 2e-4]]))
+    pair = []
+    for _ in range(2):
+        image = (sky + rng.normal(0, 5, (ny, nx))).astype(np.float32)
+        pair.append(
+            Exposure(
+                image=image,
+                variance=np.full((ny, nx), 25, np.float32),
+                mask=np.zeros((ny, nx), np.uint16),
+                wcs=wcs,
+                is_background_subtracted=True,
+                metadata={"exposure_id": 1, "detector": 0, "mjd_mid_tai": 60000.0},
+            )  # fmt: skip
+        )
+    pair[0].image[100:103, 60:63] += 500
+    produce(pair[0], None, pair[1], None)
+
+
+def produce(
+    image: RawDetector | Exposure | str | Path,
+    calibrations: Calibrations | None,
+    template: Exposure,
+    reference: RefCat | None,
+    *,
+    instrument: Instrument | None = None,
+    history: Mapping[str, Any] | None = None,
+    processed_mjd_tai: float | None = None,
+    config: DifferenceConfig | None = None,
+) -> DetectorResult:
+    """Process one detector image.
+
+    Parameters
+    ----------
+    image
+        A raw read-out, the path of one, or an exposure that is calibrated already.
+    calibrations, reference
+        For raw images: bias, flat, …; reference stars for WCS and zero point.
+    template
+        Calibrated template with its own WCS; warped onto the image.
+    instrument
+        Needed for raw images.
+    history
+        ``DiaObject``, ``DiaSource``, ``DiaForcedSource`` around the image (Arrow tables or lists of rows), as
+        ``Level1.load_region`` gives them; None for no history.
+    processed_mjd_tai
+        Time of processing; now when not given.
+
+    Raises
+    ------
+    NoWorkFoundError
+        No template coverage, or too few stars.
+    UnprocessableDataError
+        The image cannot be used.
+    """
+    wall: dict[str, float] = {}
+    begun = time.monotonic()
+    exposure = _calibrated(image, calibrations, reference, instrument)
+    begun = _lap(wall, "calibrate", begun)
+    result = process_pair(exposure, warp_template(template, exposure), config)
+    begun = _lap(wall, "difference", begun)
+    processed = mjd_from_seconds(Clock.real().now_tai_s()) if processed_mjd_tai is None else processed_mjd_tai
+    context = _context(exposure, processed)
+    sources = [
+        dia_source(row, context, counter)
+        for counter, row in enumerate(result.sources[: (1 << COUNTER_BITS) - 1], start=1)
+        if math.isfinite(row["ra"]) and math.isfinite(row["dec"])
+    ]
+    past = {name: _rows((history or {}).get(name)) for name in ("DiaObject", "DiaSource", "DiaForcedSource")}
+    objects, new_objects = _associate(sources, past)
+    forced = _force(result, context, [*past["DiaObject"], *new_objects])
+    changed = _summaries(sources, objects, past, forced, processed)
+    begun = _lap(wall, "associate", begun)
+    alerts = _alerts(result, context, sources, changed, past, exposure)
+    _lap(wall, "alerts", begun)
+    return DetectorResult(
+        sources,
+        list(changed.values()),
+        forced,
+        alerts,
+        _quality(exposure, result, context),
+        exposure,
+        result,
+        wall,
+    )
+
+
+def _lap(wall: dict[str, float], name: str, begun: float) -> float:
+    now = time.monotonic()
+    wall[name] = round(now - begun, 4)
+    return now
+
+
+def _calibrated(
+    image: RawDetector | Exposure | str | Path,
+    calibrations: Calibrations | None,
+    reference: RefCat | None,
+    instrument: Instrument | None,
+) -> Exposure:
+    if isinstance(image, Exposure):
+        return image
+    if instrument is None:
+        raise UnprocessableDataError("a raw image needs its instrument description")
+    from cumbre.payloads.calibrate import calibrate
+    from cumbre.payloads.isr import assemble_and_correct
+    from cumbre.payloads.raw import read_raw
+
+    raw = read_raw(image, instrument) if isinstance(image, str | Path) else image
+    return calibrate(assemble_and_correct(raw, calibrations), reference, instrument=instrument)
+
+
+def warp_template(template: Exposure, exposure: Exposure) -> Exposure:
+    """The template on the exposure's pixels.
+
+    Raises
+    ------
+    NoWorkFoundError
+        One has no WCS, or the template does not reach the image.
+    """
+    if template.wcs is None or exposure.wcs is None:
+        raise NoWorkFoundError("template and image need a WCS each to be brought together")
+    good = np.isfinite(template.image) & np.isfinite(template.variance) & (template.variance > 0)
+    image = np.where(good, template.image, 0).astype(np.float32)
+    variance = np.where(good, template.variance, np.float32(1e20)).astype(np.float32)
+    mask = template.mask.copy()
+    mask[~good] |= np.uint16(MaskPlane.NO_DATA)
+    warped = warp_between(image, variance, mask, template.wcs, exposure.wcs, exposure.shape)  # type: ignore[arg-type]
+    if ((warped[2] & MaskPlane.NO_DATA) == 0).mean() < 0.02:
+        raise NoWorkFoundError("the template does not cover the image")
+    # Its PSF model belongs to the other grid (turned, shifted): it is measured again on the warped stars.
+    return replace(
+        template, image=warped[0], variance=warped[1], mask=warped[2], wcs=exposure.wcs, psf=None, background=None,
+        is_background_subtracted=True,
+    )  # fmt: skip
+
+
+def _context(exposure: Exposure, processed: float) -> SourceContext:
+    meta = exposure.metadata
+    try:
+        visit, detector, middle = int(meta["exposure_id"]), int(meta["detector"]), float(meta["mjd_mid_tai"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UnprocessableDataError(
+            f"exposure metadata: exposure_id, detector, mjd_mid_tai are needed: {error}"
+        ) from error
+    scale = exposure.njy_per_electron() if math.isfinite(exposure.zero_point) else 1.0
+    return SourceContext(
+        visit=visit, detector=detector, band=str(meta.get("band") or ""), midpoint_mjd_tai=middle,
+        exposure_s=float(meta.get("exposure_s") or math.nan), processed_mjd_tai=processed, flux_scale=scale,
+        pixel_scale_arcsec=float(exposure.metrics.get("pixel_scale_arcsec", math.nan)),
+    )  # fmt: skip
+
+
+def _rows(table: Any) -> list[dict[str, Any]]:
+    if table is None:
+        return []
+    return list(table.to_pylist()) if hasattr(table, "to_pylist") else [dict(row) for row in table]
+
+
+def _associate(
+    sources: list[dict[str, Any]], past: dict[str, list[dict[str, Any]]]
+) -> tuple[dict[int, dict[str, Any] | None], list[dict[str, Any]]]:
+    """Give every source its object; reliable ones without one found a new object.
+
+    Returns
+    -------
+    Object id → its row so far (None for a new one), and the new objects' first positions.
+    """
+    known = past["DiaObject"]
+    index, _ = associate(
+        [s["ra"] for s in sources], [s["dec"] for s in sources], [o["ra"] for o in known], [o["dec"] for o in known],
+        radius_arcsec=ASSOCIATION_RADIUS_ARCSEC,
+    )  # fmt: skip
+    touched: dict[int, dict[str, Any] | None] = {}
+    new: list[dict[str, Any]] = []
+    for source, at in zip(sources, index.tolist(), strict=True):
+        is_reliable = (source["reliability"] or 0.0) >= ALERT_RELIABILITY
+        if at >= 0:
+            source["diaObjectId"] = known[at]["diaObjectId"]
+            if is_reliable:
+                touched[int(known[at]["diaObjectId"])] = known[at]
+        elif is_reliable:
+            source["diaObjectId"] = source["diaSourceId"]
+            touched[source["diaSourceId"]] = None
+            new.append({"diaObjectId": source["diaSourceId"], "ra": source["ra"], "dec": source["dec"]})
+    return touched, new
+
+
+def _force(
+    result: DifferenceResult, context: SourceContext, objects: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Fluxes at the places of all objects on the image, detected or not."""
+    exposure = result.exposure
+    if not objects or exposure.wcs is None:
+        return []
+    ra, dec = np.array([o["ra"] for o in objects], float), np.array([o["dec"] for o in objects], float)
+    x, y = (
+        exposure.wcs.sky2pix(ra, dec)
+        if hasattr(exposure.wcs, "sky2pix")
+        else exposure.wcs.all_world2pix(ra, dec, 0)
+    )
+    ny, nx = exposure.shape
+    inside = np.flatnonzero(np.isfinite(x) & (x > -0.5) & (y > -0.5) & (x < nx - 0.5) & (y < ny - 0.5))
+    inside = inside[: (1 << COUNTER_BITS) - 1]
+    made = result.difference
+    scale = result.metrics["snr_scale"]
+    variance = exposure.variance * np.float32(scale**2)
+    on_difference = forced_psf_photometry(
+        exposure.image,
+        variance,
+        exposure.mask,
+        difference_psf(result),
+        x[inside],
+        y[inside],
+        bad_bits=UNUSABLE,
+    )
+    on_science = forced_psf_photometry(
+        made.science.image, made.science.variance, made.science.mask, made.science_psf, x[inside], y[inside],
+        bad_bits=int(MaskPlane.unusable()),
+    )  # fmt: skip
+    rows = []
+    for k, which in enumerate(inside.tolist()):
+        values = (
+            on_difference.flux[k],
+            on_difference.flux_err[k],
+            on_science.flux[k],
+            on_science.flux_err[k],
+        )
+        psf, psf_err, science, science_err = (
+            float(v) * context.flux_scale if math.isfinite(v) else None for v in values
+        )
+        rows.append(
+            {
+                "diaForcedSourceId": source_id(context.visit, context.detector, k + 1),
+                "diaObjectId": int(objects[which]["diaObjectId"]),
+                "ra": float(ra[which]),
+                "dec": float(dec[which]),
+                "visit": context.visit,
+                "detector": context.detector,
+                "psfFlux": psf,
+                "psfFluxErr": psf_err,
+                "midpointMjdTai": context.midpoint_mjd_tai,
+                "scienceFlux": science,
+                "scienceFluxErr": science_err,
+                "band": context.band or None,
+                "timeProcessedMjdTai": context.processed_mjd_tai,
+                "timeWithdrawnMjdTai": None,
+            }  # fmt: skip
+        )
+    return rows
+
+
+def difference_psf(result: DifferenceResult) -> PsfModel:
+    """The difference's PSF (science PSF filtered by the decorrelation) as a model for forced photometry."""
+    ny, nx = result.exposure.shape
+    grid = [(x, y) for y in np.linspace(0, ny - 1, 4) for x in np.linspace(0, nx - 1, 4)]
+    stamps = np.stack([result.difference.psf(x, y) for x, y in grid])
+    u = np.array([2 * x / max(nx - 1, 1) - 1 for x, _ in grid])
+    v = np.array([2 * y / max(ny - 1, 1) - 1 for _, y in grid])
+    basis = np.stack([np.ones_like(u), u, v, u * u, u * v, v * v], axis=1)
+    solution, *_ = np.linalg.lstsq(basis, stamps.reshape(len(grid), -1), rcond=None)
+    coefficients = np.ascontiguousarray(solution.reshape(6, *stamps.shape[1:]), dtype=np.float32)
+    return PsfModel(coefficients, (ny, nx), result.difference.science_psf.fwhm_px)
+
+
+def _by_object(rows: Sequence[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
+    out: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row.get("diaObjectId") is not None:
+            out.setdefault(int(row["diaObjectId"]), []).append(row)
+    return out
+
+
+def _summaries(
+    sources: list[dict[str, Any]],
+    touched: dict[int, dict[str, Any] | None],
+    past: dict[str, list[dict[str, Any]]],
+    forced: list[dict[str, Any]],
+    processed: float,
+) -> dict[int, dict[str, Any]]:
+    """New whole rows of the objects that got a reliable source."""
+    old, new = _by_object(past["DiaSource"]), _by_object(sources)
+    old_forced, new_forced = _by_object(past["DiaForcedSource"]), _by_object(forced)
+    return {
+        identifier: summarise_object(
+            identifier,
+            [*old.get(identifier, []), *new[identifier]],
+            [*old_forced.get(identifier, []), *new_forced.get(identifier, [])],
+            valid_from_mjd_tai=processed,
+            before=before,
+        )
+        for identifier, before in touched.items()
+    }
+
+
+def _alerts(
+    result: DifferenceResult,
+    context: SourceContext,
+    sources: list[dict[str, Any]],
+    objects: dict[int, dict[str, Any]],
+    past: dict[str, list[dict[str, Any]]],
+    exposure: Exposure,
+) -> list[dict[str, Any]]:
+    """Packets of the reliable sources with 12 months of history and three stamps."""
+    old, old_forced = _by_object(past["DiaSource"]), _by_object(past["DiaForcedSource"])
+    has_zero_point = math.isfinite(exposure.zero_point)
+    out = []
+    for source in sources:
+        if (source["reliability"] or 0.0) < ALERT_RELIABILITY:
+            continue
+        identifier = source["diaObjectId"]
+        stamps = stamps_of(
+            result,
+            source["x"],
+            source["y"],
+            unit="nJy" if has_zero_point else "adu",
+            scale=context.flux_scale,
+        )
+        out.append(
+            alert(
+                source,
+                dia_object=objects.get(identifier),
+                previous=_public(old.get(identifier, [])) or None,
+                forced=_public(old_forced.get(identifier, [])) or None,
+                stamps=stamps,
+            )
+        )
+    return out
+
+
+def _public(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows without the columns that only the database has."""
+    return [{k: v for k, v in row.items() if k != "hpx29"} for row in rows]
+
+
+def _quality(exposure: Exposure, result: DifferenceResult, context: SourceContext) -> dict[str, Any]:
+    metrics = exposure.metrics
+    zero_point = exposure.zero_point
+    if context.exposure_s > 0:
+        zero_point -= 2.5 * math.log10(context.exposure_s)
+    numbers = {
+        "seeing": metrics.get("seeing_arcsec"),
+        "zeroPoint": zero_point,
+        "skyLevel": metrics.get("sky_electrons"),
+        "skyNoise": metrics.get("sky_noise_electrons"),
+        "nStars": metrics.get("n_stars"),
+        "astrometricRms": metrics.get("astrometric_rms_arcsec"),
+        "templateCoverage": result.metrics["template_coverage"],
+        "maskedFraction": float(((exposure.mask & MaskPlane.unusable()) > 0).mean()),
+        "limitingMagnitude": metrics.get("m5"),
+        "nSources": result.metrics["n_sources"],
+    }
+    known = {k: float(v) for k, v in numbers.items() if v is not None and math.isfinite(float(v))}
+    out: dict[str, Any] = {
+        "visit": context.visit,
+        "detector": context.detector,
+        "band": context.band,
+        **known,
+    }
+    for name in ("nStars", "nSources"):
+        if name in out:
+            out[name] = int(out[name])
+    return out
