@@ -32,6 +32,7 @@ HOP = {
 }  # fmt: skip
 TOPIC = "Image.hop"
 BOX_S = 0.4
+LIMIT_S = 17.0
 LATENCY_HZ = 200
 WRITE_S = 0.8
 
@@ -207,6 +208,9 @@ def main() -> None:
     for name, rate, latency, note in measure():
         shown = "".join(f" {value:8.3f}" for value in latency) or " " * 27
         print(f"{name:48} {f'{rate:,.0f}' if rate else '':>11}{shown}  {note}", flush=True)
+        if time.perf_counter() - begun > LIMIT_S:
+            print(f"stopped after {LIMIT_S:g} s: the machine is busy, what would follow was not measured")
+            break
     print(f"load {os.getloadavg()[0]:.1f}, {time.perf_counter() - begun:.1f} s")
 
 
