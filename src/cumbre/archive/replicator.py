@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+TRANSMITTED = "transmitted"
+"""Hop of single transmissions; no copy and no step of an image's way, so it never hides one."""
 SENT = "sent"
 LOST = "given up"
 MAX_PAUSE_S = 5.0
@@ -66,9 +68,7 @@ class Relay:
     target = "base"
     watched_hop = "written"
     tells_buffered = False
-    transmission_hop = "sent"
-    tells_delivery = True
-    """Whether every delivery has a hop; else only one that follows failures (the receiver tells its own)."""
+    tells_sent = False
 
     def __init__(self, *, site: Site, bus: Bus, clock: Clock, scan_every_s: float = 20.0) -> None:
         self._site, self._bus, self._clock = site, bus, clock
@@ -104,7 +104,7 @@ class Relay:
                     hop_fields(
                         self._clock,
                         Piece.from_hop(message.fields),
-                        "buffered" if self.tells_buffered else self.transmission_hop,
+                        "buffered" if self.tells_buffered else TRANSMITTED,
                         place=self.source,
                         outcome=error.outcome,
                         path=message.fields["path"],
@@ -134,7 +134,9 @@ class Relay:
 
     def _buffer_message(self, message: Message) -> list[dict[str, object]]:
         fields = message.fields
-        if fields["hop"] != self.watched_hop or fields["outcome"] != "ok" or fields["detector"] < 0:
+        if (fields["hop"], fields["outcome"], fields["place"]) != (self.watched_hop, "ok", self.source):
+            return []
+        if fields["detector"] < 0:
             return []
         path = Path(fields["path"])
         try:
@@ -243,11 +245,10 @@ class Relay:
         entry.attempts += 1
         path = self.buffer.data_path(entry.parcel.key)
         if (entry.attempts > 1 or not path.is_file()) and not self.buffer.repair(entry):
-            answer = sender.deliver(entry.parcel, path, ask_first=True) if path.is_file() else {}
-            if answer.get("answer") not in ("ok", "have"):
-                self._results.put(
-                    (entry, BadFileError(f"{path}: damaged here, and no good copy to repair it from"))
-                )
+            answer = sender.ask(entry.parcel)
+            if answer.get("answer") != "have":
+                error = BadFileError(f"{path}: damaged here, and no good copy to repair it from")
+                self._results.put((entry, error))
                 return
         else:
             answer = sender.deliver(entry.parcel, path, ask_first=entry.resumed or entry.attempts > 1)
@@ -271,23 +272,17 @@ class Relay:
         if entry.attempts & (entry.attempts - 1) == 0:
             entry.failures_told += 1
             outcome = error.outcome if isinstance(error, CumbreError) else "Transient"
-            self._sent_hop(entry, outcome, str(error))
+            self._transmission(entry, outcome, str(error))
 
-    def _sent_hop(self, entry: Entry, outcome: str, message: str = "") -> None:
-        """Record a transmission; its place is the sender, so it never stands for a copy at the receiver."""
-        if outcome == "ok" and not self.tells_delivery and not entry.failures_told:
+    def _transmission(self, entry: Entry, outcome: str, message: str = "") -> None:
+        """Record a transmission that failed, or that succeeded after failures; ``sent`` where it is a hop."""
+        if not entry.key.is_detector:
             return
-        if entry.key.is_detector:
-            publish_hop(
-                self._bus,
-                self._clock,
-                entry.piece,
-                self.transmission_hop,
-                place=self.source,
-                outcome=outcome,
-                message=message,
-                attempt=max(entry.attempts, 1),
-            )
+        details = {"outcome": outcome, "message": message, "attempt": max(entry.attempts, 1)}
+        if outcome != "ok" or entry.failures_told:
+            publish_hop(self._bus, self._clock, entry.piece, TRANSMITTED, place=self.source, **details)
+        if outcome == "ok" and self.tells_sent:
+            publish_hop(self._bus, self._clock, entry.piece, "sent", place=self.source, **details)
 
     # out of the buffer
 
@@ -301,7 +296,7 @@ class Relay:
                 return count
             count += 1
             if error is None:
-                self._sent_hop(entry, "ok")
+                self._transmission(entry, "ok")
                 self._journal.note(entry.parcel.key, SENT)
             else:
                 self._give_up(entry, error)
@@ -310,7 +305,7 @@ class Relay:
     def _give_up(self, entry: Entry, error: CumbreError) -> None:
         """Take a file out of the way that can never be delivered."""
         log.error("%s → %s: %s", self.source, self.target, error)
-        self._sent_hop(entry, error.outcome, str(error))
+        self._transmission(entry, error.outcome, str(error))
         self._journal.note(entry.parcel.key, LOST)
         try:
             kept = quarantine(
@@ -339,8 +334,6 @@ class Replicator(Relay):
 
     name = "replicator"
     tells_buffered = True
-    transmission_hop = "at_base"
-    tells_delivery = False
 
 
 class Forwarder(Relay):
@@ -350,3 +343,4 @@ class Forwarder(Relay):
     source = "base"
     target = "archive"
     watched_hop = "at_base"
+    tells_sent = True

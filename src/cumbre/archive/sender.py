@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,20 +57,34 @@ class Sender:
         TransientError
             The connection broke; make a new one.
         """
-        deadline = time.monotonic() + self._timeout_s
-        try:
+        with self._one_transfer(parcel) as deadline:
             if ask_first:
-                send_frame(self._connection, parcel.fields("offer"))
-                answer = self._answer(deadline)
+                answer = self._offer(parcel, deadline)
                 if answer.get("answer") != "send":
                     return answer
             send_frame(self._connection, parcel.fields("put"))
             self._send_bytes(parcel, path, deadline)
             return self._answer(deadline)
+
+    def ask(self, parcel: Parcel) -> dict[str, Any]:
+        """Ask whether the receiver has a file, without sending it; errors as in :meth:`deliver`."""
+        with self._one_transfer(parcel) as deadline:
+            return self._offer(parcel, deadline)
+
+    @contextlib.contextmanager
+    def _one_transfer(self, parcel: Parcel) -> Iterator[float]:
+        """Give the monotonic deadline of one transfer; faults of the network become our errors."""
+        try:
+            yield time.monotonic() + self._timeout_s
         except TimeoutError as error:
             raise DeadlineError(f"{parcel.key}: not delivered within {self._timeout_s:g} s") from error
         except OSError as error:
             raise TransientError(f"{parcel.key}: connection lost: {error}") from error
+
+    def _offer(self, parcel: Parcel, deadline: float) -> dict[str, Any]:
+        self._patience(deadline)
+        send_frame(self._connection, parcel.fields("offer"))
+        return self._answer(deadline)
 
     def _patience(self, deadline: float) -> None:
         left = deadline - time.monotonic()
