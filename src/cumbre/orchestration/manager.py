@@ -8,7 +8,7 @@ from dataclasses import replace
 from cumbre.core.time import Clock
 from cumbre.orchestration.engine import Completion, ComputeEngine
 from cumbre.orchestration.jobs import JobStore
-from cumbre.orchestration.models import FinishedJob, Job, JobState
+from cumbre.orchestration.models import FAILED, LOST, FinishedJob, Job, JobState
 
 LEASE_S = 120.0
 """Real seconds."""
@@ -93,7 +93,8 @@ class JobManager:
             self.store.record(job.id, result, attempt=attempt, state=JobState.QUEUED, now_tai=now)
             self.start_waiting()
             return None
-        state = JobState.FAILED if result.outcome in ("Failed", "WorkerLost", "Fatal") else JobState.DONE
+        is_failure = result.may_retry or result.outcome in (FAILED, LOST, "Fatal")
+        state = JobState.FAILED if is_failure else JobState.DONE
         self.store.record(job.id, replace(result, may_retry=False), attempt=attempt, state=state, now_tai=now)
         return FinishedJob(job, result, attempt, state)
 

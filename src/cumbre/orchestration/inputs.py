@@ -1,0 +1,230 @@
+"""What a prompt worker holds ready: calibrations, templates, reference stars, the history of the objects.
+
+Calibrations and templates stay in the process (least recently used ones leave when the budget is full);
+reference stars and object history are loaded per visit and detector. Files are read again when they changed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cumbre.core import geometry
+from cumbre.core.errors import BadFileError, NotFoundError
+from cumbre.core.instrument import Detector, Instrument
+
+CACHE_BYTES = 600_000_000
+PADDING_DEG = 50.0 / 3600.0
+"""Around the predicted detector: the pointing is not perfect."""
+MATCH_CENTRE_PART = 0.5
+"""A template belongs to a field when its centre is within this part of the detector's size of the pointing."""
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """Where a detector looks: pointing, and the circle that holds the detector (ICRS degrees)."""
+
+    ra: float
+    dec: float
+    rotation: float
+    centre_ra: float
+    centre_dec: float
+    radius_deg: float
+
+    @classmethod
+    def predict(
+        cls, instrument: Instrument, detector: Detector, ra: float, dec: float, *, rotation: float
+    ) -> Field:
+        """From the geometry of the camera, with :data:`PADDING_DEG`."""
+        middle = geometry.sky_from_pixel(
+            instrument, detector, ra, dec, rotation, (detector.nx - 1) / 2, (detector.ny - 1) / 2
+        )
+        centre = float(middle[0]), float(middle[1])
+        corners = geometry.detector_corners(instrument, detector, ra, dec, rotation)
+        radius = float(np.max(geometry.separation_deg(*centre, *corners)))
+        return cls(ra, dec, rotation, *centre, radius + PADDING_DEG)
+
+    def is_near(self, ra: float, dec: float, rotation: float) -> bool:
+        """Whether another pointing looks at the same sky: within the padding, the angle within 1°."""
+        turned = abs((self.rotation - rotation + 180.0) % 360.0 - 180.0)
+        return float(geometry.separation_deg(self.ra, self.dec, ra, dec)) < PADDING_DEG and turned < 1.0
+
+
+@dataclass(slots=True)
+class Inputs:
+    """Everything but the image.
+
+    Attributes
+    ----------
+    calibrations
+        ``cumbre.payloads.calibration.Calibrations``.
+    template
+        ``cumbre.payloads.exposure.Exposure`` or None.
+    reference
+        ``cumbre.payloads.refcat.RefCat`` or None.
+    wall_s
+        Seconds that loading took, by part.
+    """
+
+    field: Field
+    band: str
+    calibrations: Any
+    template: Any
+    template_tile: str
+    reference: Any
+    wall_s: dict[str, float]
+
+    def describe(self) -> str:
+        """One line for the ledger."""
+        template = f"template {self.template_tile}" if self.template is not None else "no template"
+        stars = 0 if self.reference is None else len(self.reference)
+        return f"{template}, {stars} reference stars, {sum(self.wall_s.values()):.2f} s"
+
+
+class Cache:
+    """Objects read from files, held within a budget of bytes."""
+
+    def __init__(self, budget: int = CACHE_BYTES) -> None:
+        self._budget = budget
+        self._held: OrderedDict[str, tuple[int, int, Any]] = OrderedDict()
+
+    def get(self, path: Path, load: Callable[[Path], Any]) -> Any:
+        """Give what ``load`` makes of a file; loaded again when the file changed."""
+        key = f"{load.__module__}.{load.__qualname__}:{path}"
+        stamp = path.stat().st_mtime_ns if path.exists() else -1
+        known = self._held.get(key)
+        if known is not None and known[0] == stamp:
+            self._held.move_to_end(key)
+            return known[2]
+        made = load(path)
+        self._held[key] = stamp, size_of(made), made
+        while len(self._held) > 1 and sum(item[1] for item in self._held.values()) > self._budget:
+            self._held.popitem(last=False)
+        return made
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+
+def size_of(value: Any) -> int:
+    """Bytes of the arrays in a value (dataclasses, mappings and sequences are looked into)."""
+    if isinstance(value, np.ndarray):
+        return int(value.nbytes)
+    if is_dataclass(value) and not isinstance(value, type):
+        return sum(size_of(getattr(value, item.name)) for item in fields(value))
+    if isinstance(value, dict):
+        return sum(size_of(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return sum(size_of(item) for item in value)
+    return 0
+
+
+def read_index(path: Path) -> list[dict[str, Any]]:
+    """Entries of the templates' ``index.json``.
+
+    Raises
+    ------
+    BadFileError
+        Not a list of ``{tile, ra, dec, band, detector, path}``.
+    """
+    try:
+        rows = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BadFileError(f"{path}: not a template index: {error}") from error
+    needed = {"tile", "ra", "dec", "band", "detector", "path"}
+    if not isinstance(rows, list) or any(not isinstance(r, dict) or needed - set(r) for r in rows):
+        raise BadFileError(
+            f"{path}: not a template index: expected a list of {{{', '.join(sorted(needed))}}}"
+        )
+    return rows
+
+
+def choose_template(
+    rows: list[dict[str, Any]], *, ra: float, dec: float, band: str, detector: str, reach_deg: float
+) -> dict[str, Any] | None:
+    """Entry of this band and detector whose field is nearest to the pointing and within reach; None for none."""
+    fitting = [row for row in rows if row["band"] == band and row["detector"] == detector]
+    if not fitting:
+        return None
+    distance = geometry.separation_deg(ra, dec, [r["ra"] for r in fitting], [r["dec"] for r in fitting])
+    nearest = int(np.argmin(distance))
+    return fitting[nearest] if distance[nearest] <= reach_deg else None
+
+
+class InputLoader:
+    """Loads :class:`Inputs` of a site in one worker process."""
+
+    def __init__(self, site: Path) -> None:
+        self.site = site
+        self.cache = Cache()
+
+    def load(self, instrument: Instrument, detector: Detector, field: Field, band: str) -> Inputs:
+        """Read all inputs of one detector at one pointing.
+
+        Raises
+        ------
+        NotFoundError
+            No calibrations for this detector and band, or no reference catalogue.
+        BadFileError
+            A file is not what it should be.
+        """
+        took: dict[str, float] = {}
+
+        def timed(name: str, make: Callable[[], Any]) -> Any:
+            begun = time.monotonic()
+            made = make()
+            took[name] = round(time.monotonic() - begun, 4)
+            return made
+
+        calibrations = timed("calibrations", lambda: self.calibrations(instrument, detector, band))
+        tile, template = timed("template", lambda: self.template(instrument, detector, field, band))
+        reference = timed("reference", lambda: self.reference(field))
+        return Inputs(field, band, calibrations, template, tile, reference, took)
+
+    def calibrations(self, instrument: Instrument, detector: Detector, band: str) -> Any:
+        """Calibrations of a detector in a band."""
+        from cumbre.payloads.calibration import Calibrations
+
+        folder = self.site / "archive" / "calibs" / instrument.name
+        return self.cache.get(folder / f"{band}_{detector.name}.fits", Calibrations.load)
+
+    def template(
+        self, instrument: Instrument, detector: Detector, field: Field, band: str
+    ) -> tuple[str, Any]:
+        """(Tile name, template) of a pointing; ("", None) when there is none."""
+        from cumbre.payloads.coadd import load_exposure
+
+        index = self.site / "archive" / "templates" / "index.json"
+        if not index.exists():
+            return "", None
+        size = instrument.pixel_scale(detector) / 3600.0 * min(detector.nx, detector.ny)
+        row = choose_template(
+            self.cache.get(index, read_index),
+            ra=field.ra,
+            dec=field.dec,
+            band=band,
+            detector=detector.name,
+            reach_deg=MATCH_CENTRE_PART * size,
+        )
+        if row is None:
+            return "", None
+        path = index.parent / row["path"]
+        if not path.is_file():
+            raise NotFoundError(f"template {path}: listed in {index}, but there is no such file")
+        return row["tile"], self.cache.get(path, load_exposure)
+
+    def reference(self, field: Field) -> Any:
+        """Reference stars of the field."""
+        from cumbre.payloads.refcat import RefCat
+
+        path = self.site / "refcat" / "refcat.parquet"
+        return RefCat.load(path, (field.centre_ra, field.centre_dec), field.radius_deg)

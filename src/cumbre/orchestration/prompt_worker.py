@@ -1,0 +1,218 @@
+"""What a prompt worker does: prepare a detector of a visit; process its image; store the result once.
+
+These functions take and give plain data, run in worker processes, and publish nothing: the service does.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cumbre.core.errors import ConflictError, NotFoundError, NoWorkFoundError, UnprocessableDataError
+from cumbre.core.instrument import Detector, Instrument, load_instrument
+from cumbre.core.time import Clock, mjd_from_seconds
+from cumbre.orchestration.inputs import Field, InputLoader, Inputs
+
+if TYPE_CHECKING:
+    from cumbre.catalogs.level1 import Level1
+    from cumbre.payloads.alert_production import DetectorResult
+    from cumbre.payloads.raw import RawDetector
+
+MAX_PREPARED = 24
+"""Prepared detectors that a worker remembers; reference stars are small, the rest is shared in the cache."""
+log = logging.getLogger(__name__)
+_prepared: OrderedDict[tuple[str, int], Inputs] = OrderedDict()
+
+
+@lru_cache(maxsize=4)
+def _loader(site: str) -> InputLoader:
+    return InputLoader(Path(site))
+
+
+@lru_cache(maxsize=4)
+def _level1(dsn: str, site: str) -> Level1:
+    from cumbre.catalogs.level1 import Level1
+    from cumbre.stores.postgres import Database
+
+    return Level1(Database(dsn, application="cumbre prompt worker"), Clock.load(Path(site) / "clock.json"))
+
+
+def warm_up(payload: dict[str, Any]) -> dict[str, Any]:
+    """Import and compile what the first image would wait for."""
+    del payload
+    from cumbre.payloads import alert_production
+
+    begun = time.monotonic()
+    alert_production.warm_up()
+    return {"wall_s": time.monotonic() - begun}
+
+
+def preload(payload: dict[str, Any]) -> dict[str, Any]:
+    """Hold ready everything but the image for one detector of an announced visit.
+
+    Parameters
+    ----------
+    payload
+        ``site``, ``dsn``, ``instrument``, ``visit`` (fields of an AnnouncedVisit), ``detector``.
+
+    Returns
+    -------
+    dict
+        ``note`` for the ledger and ``wall_s`` by part.
+    """
+    visit = payload["visit"]
+    instrument = load_instrument(payload["instrument"])
+    detector = instrument.detector(payload["detector"])
+    field = Field.predict(instrument, detector, visit["ra"], visit["dec"], rotation=visit["rotation"])
+    band = instrument.filter(visit["filter"]).band
+    inputs = _loader(payload["site"]).load(instrument, detector, field, band)
+    _prepared[visit["group_id"], detector.id] = inputs
+    while len(_prepared) > MAX_PREPARED:
+        _prepared.popitem(last=False)
+    # The history is read again with the image, when results stored meanwhile are there too; reading it now
+    # opens the connection and brings the region's pages into the database's memory.
+    begun = time.monotonic()
+    region = _level1(payload["dsn"], payload["site"]).load_region(
+        field.centre_ra, field.centre_dec, field.radius_deg
+    )
+    inputs.wall_s["history"] = round(time.monotonic() - begun, 4)
+    return {"note": f"{inputs.describe()}, {region['DiaObject'].num_rows} objects", "wall_s": inputs.wall_s}
+
+
+def process(payload: dict[str, Any]) -> dict[str, Any]:
+    """From one detector's raw file to stored sources and alerts.
+
+    Parameters
+    ----------
+    payload
+        What :func:`preload` takes, with ``image`` (fields of a DetectorImage) and ``visit`` or None.
+
+    Returns
+    -------
+    dict
+        ``n_sources``, ``n_alerts``, ``quality`` (fields of Prompt.visitQuality), ``preload``.
+
+    Raises
+    ------
+    NoWorkFoundError
+        Not an exposure of the sky, no template, no stars.
+    UnprocessableDataError
+        The file or the image cannot be used.
+    TransientError
+        Database or file system are away.
+    """
+    begun = time.monotonic()
+    image, visit = payload["image"], payload["visit"]
+    instrument = load_instrument(payload["instrument"])
+    detector = instrument.detector(image["detector"])
+    level1 = _level1(payload["dsn"], payload["site"])
+    if level1.is_stored(image["exposure_id"], detector.id):
+        return {"message": "stored by an earlier try", "is_repeat": True}
+    raw = _read(image, instrument, detector)
+    field = Field.predict(
+        instrument, detector, raw.metadata.ra_deg, raw.metadata.dec_deg, rotation=raw.metadata.rotpa_deg
+    )
+    band = raw.metadata.band
+    inputs, is_late = _inputs(payload, visit, field, band=band, instrument=instrument, detector=detector)
+    preloaded = {"note": inputs.describe(), "is_late": is_late}
+    if inputs.template is None:
+        raise NoWorkFoundError(
+            f"no template in {band} for {detector.name} at {field.ra:.4f} {field.dec:+.4f}"
+        )
+    made, packets = _produce(payload, raw, inputs, level1)
+    try:
+        level1.store(
+            image["exposure_id"],
+            detector.id,
+            dia_sources=made.dia_sources,
+            dia_objects=made.dia_objects,
+            forced=made.forced,
+            packets=packets,
+        )
+    except ConflictError:
+        log.info("stored meanwhile by another try")
+    wall = time.monotonic() - begun
+    log.info("steps: %s", made.wall_s)
+    return {
+        "n_sources": len(made.dia_sources),
+        "n_alerts": len(packets),
+        "quality": _quality(made.quality, band, wall),
+        "preload": preloaded,
+        "wall_s": made.wall_s | {"all": round(wall, 4)},
+    }
+
+
+def _produce(
+    payload: dict[str, Any], raw: RawDetector, inputs: Inputs, level1: Level1
+) -> tuple[DetectorResult, list[tuple[int, bytes]]]:
+    """Run the payload; (its result, the alerts as (diaSourceId, packet))."""
+    from cumbre.alerts.packet import packet_bytes
+    from cumbre.payloads.alert_production import produce
+    from cumbre.payloads.difference import DifferenceConfig
+
+    field, least = inputs.field, float(payload["reliability"])
+    clock = Clock.load(Path(payload["site"]) / "clock.json")
+    made = produce(
+        raw,
+        inputs.calibrations,
+        inputs.template,
+        inputs.reference,
+        instrument=raw.instrument,
+        history=level1.load_region(field.centre_ra, field.centre_dec, field.radius_deg),
+        processed_mjd_tai=mjd_from_seconds(clock.now_tai_s()),
+        config=DifferenceConfig(threshold=float(payload["detection_sigma"]), reliable=least),
+    )
+    trusted = [item for item in made.alerts if (item["diaSource"]["reliability"] or 0.0) >= least]
+    return made, [(item["diaSourceId"], packet_bytes(item)) for item in trusted]
+
+
+def _quality(measured: dict[str, Any], band: str, wall_s: float) -> dict[str, Any]:
+    """Fields of Prompt.visitQuality from the payload's numbers."""
+    out = {key: item for key, item in measured.items() if item is not None}
+    out |= {"band": band, "durationS": wall_s}
+    if "m5" in out:
+        out["limitingMagnitude"] = out.pop("m5")
+    for name in ("nStars", "nSources"):
+        if name in out:
+            out[name] = int(out[name])
+    return out
+
+
+def _read(image: dict[str, Any], instrument: Instrument, detector: Detector) -> RawDetector:
+    from cumbre.payloads.raw import read_raw
+
+    try:
+        raw = read_raw(image["path"], instrument)
+    except NotFoundError as error:
+        raise UnprocessableDataError(f"{error}; the archive said it had it") from error
+    if raw.detector.id != detector.id or raw.metadata.obs_id != image["obs_id"]:
+        raise UnprocessableDataError(
+            f"{image['path']}: holds {raw.metadata.obs_id} {raw.detector.name}, "
+            f"expected {image['obs_id']} {detector.name}"
+        )
+    if raw.metadata.image_type.lower() not in ("", "science", "object"):
+        raise NoWorkFoundError(f"{image['obs_id']} is a {raw.metadata.image_type} exposure")
+    return raw
+
+
+def _inputs(
+    payload: dict[str, Any],
+    visit: dict[str, Any] | None,
+    field: Field,
+    *,
+    band: str,
+    instrument: Instrument,
+    detector: Detector,
+) -> tuple[Inputs, bool]:
+    """(Inputs, whether they were loaded only now): those prepared when they fit the image's own header."""
+    if visit is not None:
+        ready = _prepared.pop((visit["group_id"], detector.id), None)
+        if ready is not None:
+            if ready.band == band and ready.field.is_near(field.ra, field.dec, field.rotation):
+                return ready, False
+            log.warning("the image does not look where nextVisit said: prepared again")
+    return _loader(payload["site"]).load(instrument, detector, field, band), True
