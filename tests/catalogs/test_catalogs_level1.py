@@ -212,6 +212,4 @@ def test_a_crowded_detector_is_stored_and_read_fast(level1: Level1) -> None:
     begin = time.monotonic()
     level1.store(1, 0, dia_sources=rows)
     level1.load_region(RA, DEC, 1.0)
-    assert (
-        time.monotonic() - begin < 10.0
-    )  # real seconds, for two loaded cores; row inserts take longer
+    assert time.monotonic() - begin < 10.0  # real seconds on loaded cores
