@@ -83,6 +83,29 @@ def _psf(
     return psf, chosen
 
 
+def _credible(
+    matched: NDArray[np.int64], n: int, x_ref: NDArray[np.float64], y_ref: NDArray[np.float64], radius: float
+) -> bool:
+    """Whether so many of the brightest stars are matched that it can not be chance.
+
+    Parameters
+    ----------
+    matched
+        Indices of the matched stars, in the order of brightness.
+    n
+        Number of stars.
+    x_ref, y_ref
+        All reference stars that could have been matched, in pixels.
+    radius
+        Within which stars were matched, pixels.
+    """
+    k = min(n, 60)
+    count = int(np.count_nonzero(matched < k))
+    area = max(float(np.ptp(x_ref) * np.ptp(y_ref)), 1.0) * np.pi / 4
+    p = 1 - float(np.exp(-x_ref.size / area * np.pi * radius**2))
+    return count >= max(0.2 * k, k * p + 5 * float(np.sqrt(k * p * (1 - p))) + 3)
+
+
 def _match(
     x: NDArray[np.float64],
     y: NDArray[np.float64],
@@ -92,16 +115,22 @@ def _match(
 ) -> Match | None:
     """Match pixels with predicted pixels: first as a shift, then blind."""
     n, m = min(x.size, 150), min(xr.size, 500)
-    dx, dy, votes, chance = vote_shift(
-        x[:n], y[:n], xr[:m], yr[:m], max_shift=reach_px, cell=max(2.5, reach_px / 300)
-    )
+    cell = max(2.5, reach_px / 300)
+    dx, dy, votes, chance = vote_shift(x[:n], y[:n], xr[:m], yr[:m], max_shift=reach_px, cell=cell)
     if votes >= max(5.0, chance + 6 * np.sqrt(chance) + 3):
         shift = Affine(np.eye(2), np.array([dx, dy]))
-        cell = max(5.0, reach_px / 150)
-        match = refine(x, y, xr, yr, shift, cell)
-        if match is not None and match.n >= max(5.0, 0.5 * votes) and match.n >= 0.3 * min(n, m) * 0.5:
+        match = refine(x, y, xr, yr, shift, max(5.0, 2 * cell), rounds=5)
+        if match is not None and _credible(match.first, x.size, xr, yr, 2.5 * match.rms):
             return match
-    return match_blind(x, y, xr, yr, tolerance=5.0, max_shift=reach_px * 1.5)
+    # as many reference stars as put about 25 of them on the detector
+    share = np.ptp(x) * np.ptp(y) / max(float(np.ptp(xr) * np.ptp(yr)), 1.0)
+    match = match_blind(
+        x, y, xr, yr, tolerance=5.0, parity=1, max_shift=reach_px * 1.5,
+        n_bright_ref=int(np.clip(25 / max(share, 1e-6), 100, 1500)),
+    )  # fmt: skip
+    if match is not None and _credible(match.first, x.size, xr, yr, 2.5 * match.rms):
+        return match
+    return None
 
 
 def solve_astrometry(
@@ -162,9 +191,14 @@ def solve_astrometry(
     for degree in (order, order):
         px, py = fit.wcs.sky2pix(near.ra, near.dec)
         rms_px = np.hypot(fit.rms_x_arcsec, fit.rms_y_arcsec) / scale
-        first, second = nearest_pairs(x, y, px, py, float(np.clip(5 * rms_px, 0.7, 3.0)))
-        if first.size < min_matches:
-            raise UnprocessableDataError(f"astrometry: only {first.size} stars agree with the fitted WCS")
+        radius = float(np.clip(5 * rms_px, 0.7, 3.0))
+        first, second = nearest_pairs(x, y, px, py, radius)
+        near_px = np.isfinite(px) & np.isfinite(py)
+        if first.size < min_matches or not _credible(first, x.size, px[near_px], py[near_px], radius):
+            raise UnprocessableDataError(
+                f"astrometry: only {first.size} of {x.size} stars agree with the fitted WCS; "
+                "the stars do not match the reference"
+            )
         fit = fit_wcs(x[first], y[first], near.ra[second], near.dec[second], crpix=centre_px, order=degree)
     return fit, first, nearby[second]
 

@@ -221,6 +221,7 @@ def _search(
     cx,
     cy,
     enough,
+    budget,
     head,
     following,
     x0,
@@ -229,6 +230,7 @@ def _search(
     ny,
 ):
     best, best_hits = np.zeros(6), 0
+    tried = 0
     for p in range(order_i.size):
         i, j = order_i[p], order_j[p]
         vx, vy = x[j] - x[i], y[j] - y[i]
@@ -282,7 +284,8 @@ def _search(
                     if hits > best_hits:
                         best_hits = hits
                         best[0], best[1], best[2], best[3], best[4], best[5] = m00, m01, m10, m11, tx, ty
-        if best_hits >= enough:
+        tried += 2 * (high - low)
+        if best_hits >= enough or tried > budget:
             break
     return best, best_hits
 
@@ -300,6 +303,7 @@ def match_blind(
     max_shift: float = float("inf"),
     n_bright: int = 40,
     n_bright_ref: int = 400,
+    budget: int = 20_000_000,
 ) -> Match | None:
     """Match two star lists with unknown shift, rotation, parity and a roughly known scale.
 
@@ -318,6 +322,10 @@ def match_blind(
         1 same sense, −1 mirrored, 0 unknown.
     max_shift
         Largest move of the first list's centre along each axis.
+    n_bright, n_bright_ref
+        How many of the brightest stars take part in the search.
+    budget
+        Hypotheses to try before giving up (about 0.2 µs each).
 
     Returns
     -------
@@ -352,7 +360,7 @@ def match_blind(
     best, hits = _search(
         xs, ys, i_obs[bright_first], j_obs[bright_first], xr, yr, i_ref, j_ref, length, n, tolerance,
         1 - scale_tolerance, 1 + scale_tolerance, np.cos(np.radians(max_rotation_deg)) - 1e-9, parity >= 0,
-        parity <= 0, max_shift, float(np.mean(xs)), float(np.mean(ys)), enough, head, following, x0, y0, nx, ny,
+        parity <= 0, max_shift, float(np.mean(xs)), float(np.mean(ys)), enough, budget, head, following, x0, y0, nx, ny,
     )  # fmt: skip
     if hits < min(needed, n):
         return None
