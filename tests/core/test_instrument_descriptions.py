@@ -9,6 +9,7 @@ import pytest
 from astropy.io import fits
 
 from cumbre.core.errors import ConfigurationError
+from cumbre.core.header_files import read_headers
 from cumbre.core.instrument import instrument_from_mapping, load_instrument, shipped_instruments
 from cumbre.repository.fits_image import read_fits
 
@@ -95,7 +96,7 @@ def test_e2v_assembly_is_exact():
 )
 def test_boxes_are_those_of_the_real_headers(name, file, detector):
     detector = load_instrument(name).detector(detector)
-    headers = {hdu.name: hdu.header for hdu in read_fits(DATA / "raw_lsst_headers" / file).hdus}
+    headers = {h.get("EXTNAME", ""): h for h in read_headers(DATA / "raw_lsst_headers" / file)}
     for amplifier in detector.amplifiers:
         header = headers[amplifier.hdu]
         raw, place = amplifier.raw_box, header["DETSEC"].strip("[]").split(",")
