@@ -97,6 +97,9 @@ def test_one_image(site, bus, clock):
     )
     assert all(h["outcome"] == "ok" and h["place"] == "camera" for h in hops)
     assert {h["checksum"] for h in hops if h["hop"] == "read_out"} == set(about["sha256"].values())
+    weather = events(bus, "Environment.weather")[0].fields
+    assert 0.8 < weather["seeing"] < 1.7
+    assert 60_000 < weather["pressure"] < 90_000
     import pyarrow.parquet as pq
 
     truth = pq.read_table(site.root / "simulator" / f"truth_{obs_id}.parquet")

@@ -290,6 +290,35 @@ def test_truth_of_a_detector(democam, sky, exposure):
     assert total > 10
 
 
+def test_templates_take_their_part_of_the_difference(democam, sky, exposure, catalogue, observatory, tiles):
+    import copy
+
+    from cumbre.simulator.lightcurves import variable_offset_mag
+
+    other = copy.copy(sky)
+    other.template_tai = {("T001", "r"): [sky.start_tai - 40 * SECONDS_PER_DAY]}
+    stars = catalogue["stars"]
+    seen = 0
+    for detector in democam.detectors:
+        plain = detector_truth(democam, detector, exposure, sky, SEED)
+        truth = detector_truth(democam, detector, exposure, other, SEED)
+        supernova = truth["kind"] == "supernova"
+        assert np.all(truth["snr"][supernova] < plain["snr"][supernova])
+        assert np.all(truth["snr"][supernova] > 0.6 * plain["snr"][supernova])
+        for k in np.flatnonzero(truth["kind"] == "variable"):
+            row = int(np.searchsorted(stars["id"], truth["id"][k]))
+            then, now = (
+                variable_offset_mag(
+                    *(stars[c][row] for c in ("variable_kind", "period_days", "amplitude_mag", "phase")), t
+                )
+                for t in (other.template_tai["T001", "r"][0], exposure.mid_tai)
+            )
+            want = truth["flux_e"][k] * (1 - 10 ** (-0.4 * (then - now)))
+            assert truth["delta_flux_e"][k] == pytest.approx(want, rel=1e-6)
+            seen += 1
+    assert seen > 2
+
+
 def test_expected_snr_is_what_photometry_of_the_pixels_gives(democam, sky, exposure):
     """Scatter of matched-filter photometry of equal stars = flux / snr."""
     detector = democam.detectors[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from cumbre.core.instrument import Detector, Instrument
 from cumbre.simulator.catalogue import FIRST_ID, Table, write_table
 from cumbre.simulator.chip import chip
 from cumbre.simulator.exposure import ExposureRequest
-from cumbre.simulator.sky import ASTEROID, KIND_NAMES, SUPERNOVA, VARIABLE, Sky
+from cumbre.simulator.sky import ASTEROID, KIND_NAMES, SUPERNOVA, VARIABLE, Sky, band_magnitude
 
 EDGE_PX = 8.0
 
@@ -44,10 +45,32 @@ def _template_flux(
         elif which == VARIABLE:
             # No template is known: the mean brightness stands for it.
             table = {key: value[rows] for key, value in sky.tables[name].items()}
-            from cumbre.simulator.sky import band_magnitude
-
             out[chosen] = 10 ** (-0.4 * (band_magnitude(table, band) - now[chosen]))
     return out
+
+
+def _template_variance(
+    instrument: Instrument,
+    detector: Detector,
+    exposure: ExposureRequest,
+    sky: Sky,
+    response: NDArray[np.float64],
+    read_noise_e: float,
+) -> NDArray[np.float64]:
+    """Variance of a pixel (electrons² of this exposure) of the mean of the template visits; 0 without them."""
+    times = sky.templates(exposure.ra, exposure.dec, instrument.filter(exposure.filter).band)
+    total = np.zeros_like(response)
+    here = _throughput(instrument, exposure, sky)
+    for mid_tai in times:
+        visit = replace(exposure, begin_tai=mid_tai - 0.5 * exposure.exposure_s)
+        scale = here / _throughput(instrument, visit, sky)
+        total += scale**2 * (sky.background_e(instrument, detector, visit) * response + read_noise_e**2)
+    return total / max(len(times), 1) ** 2
+
+
+def _throughput(instrument: Instrument, exposure: ExposureRequest, sky: Sky) -> float:
+    air = sky.weather.airmass(exposure.mid_tai, exposure.ra, exposure.dec)
+    return sky.weather.throughput(exposure.mid_tai, instrument.filter(exposure.filter).band, air)
 
 
 def detector_truth(
@@ -61,7 +84,7 @@ def detector_truth(
         ``id``, ``kind`` (word), ``ra``, ``dec`` (degrees), ``x``, ``y`` (pixels), ``detector``, ``band``,
         ``mag``, ``flux_e`` and ``delta_flux_e`` (electrons of the exposure at full response; against the mean
         of the template visits), ``snr_image`` (whole flux in this image), ``snr`` (|delta| in the difference:
-        PSF photometry on the sky noise of this image and of as many template epochs as there are), ``usable``
+        PSF photometry on the noise of this image and of the mean of the template visits), ``usable``
         (8 pixels inside, no defect within one pixel, not saturated).
     """
     band = instrument.filter(exposure.filter).band
@@ -95,10 +118,9 @@ def detector_truth(
     read_noise = float(np.mean([a.read_noise for a in detector.amplifiers]))
     pixels = light.psf.effective_pixels()
     background = light.background_e * response + read_noise**2
-    epochs = len(sky.templates(exposure.ra, exposure.dec, band))
     signal = flux * response
-    image_noise = np.sqrt(pixels * background + signal)
-    difference_noise = np.sqrt(pixels * background * (1 + 1 / epochs if epochs else 1.0) + signal)
+    image_variance = pixels * background + signal
+    template_variance = pixels * _template_variance(instrument, detector, exposure, sky, response, read_noise)
     full = float(fixed.full_well_e.min())
     inside = (x > EDGE_PX) & (x < detector.nx - 1 - EDGE_PX) & (y > EDGE_PX) & (y < detector.ny - 1 - EDGE_PX)
     bright = np.maximum(signal, signal - delta * response)
@@ -115,8 +137,8 @@ def detector_truth(
         "mag": mag,
         "flux_e": flux,
         "delta_flux_e": delta,
-        "snr_image": signal / image_noise,
-        "snr": np.abs(delta) * response / difference_noise,
+        "snr_image": signal / np.sqrt(image_variance),
+        "snr": np.abs(delta) * response / np.sqrt(image_variance + template_variance),
         "usable": inside & ~defect & ~saturated,
     }
 
