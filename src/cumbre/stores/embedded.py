@@ -307,8 +307,15 @@ class EmbeddedPostgres:
             return
         for folder in {*self.data_dir.parents, *binaries.parents, binaries}:
             mode = folder.stat().st_mode
-            if not mode & 0o001:
+            if mode & 0o001:
+                continue
+            try:
                 folder.chmod(mode | 0o001)
+            except OSError as error:
+                raise ConfigurationError(
+                    f"{folder}: PostgreSQL's account {self._account.pw_name} cannot pass this folder and its "
+                    f"mode cannot be changed ({error.strerror}); put the site elsewhere or run as a normal user"
+                ) from error
 
 
 def _unprivileged_account(data_dir: Path) -> pwd.struct_passwd:
