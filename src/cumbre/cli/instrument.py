@@ -121,7 +121,7 @@ def check(files: tuple[Path, ...], name: str | None, verbose: bool, as_json: boo
         if verbose:
             for file, row in report.metadata.items():
                 click.echo(f"{file}: {_one_line(asdict(row))}")
-        notes = len(report.findings) - report.errors
+        notes = len({finding.message for finding in report.findings if finding.severity == "note"})
         click.echo(f"{report.instrument}: {report.files} files, {report.errors} errors, {notes} notes")
     if report.errors:
         raise click.exceptions.Exit(1)
