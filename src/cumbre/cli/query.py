@@ -98,7 +98,8 @@ def _table(rows: list[dict[str, Any]]) -> None:
         return
     table = Table(box=None, pad_edge=False)
     for name in rows[0]:
-        table.add_column(name, overflow="fold")
+        table.add_column(name, no_wrap=True)
     for row in rows:
         table.add_row(*("" if value is None else str(value) for value in row.values()))
-    Console().print(table)
+    # As wide as the rows are: a terminal scrolls, a pipe wants whole values.
+    Console(width=max(sum(map(len, map(str, row.values()))) + 40 * len(row) for row in rows)).print(table)

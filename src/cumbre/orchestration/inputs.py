@@ -201,7 +201,7 @@ class InputLoader:
         self, instrument: Instrument, detector: Detector, field: Field, band: str
     ) -> tuple[str, Any]:
         """(Tile name, template) of a pointing; ("", None) when there is none."""
-        from cumbre.payloads.coadd import load_exposure
+        from cumbre.payloads.exposure_file import load_exposure
 
         index = self.site / "archive" / "templates" / "index.json"
         if not index.exists():

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 SAME_TILE_DEG = 0.1
+TEMPLATE_MARGIN_PX = 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class Task:
     out: str
     requests: tuple[ExposureRequest, ...]
     calibrations: str = ""
+    tile: tuple[float, float] | None = None
 
 
 def paths(site: Site) -> dict[str, Path]:
@@ -112,7 +114,9 @@ def _tasks(site: Site, instrument: Instrument, sky: Sky) -> Iterable[Task]:
             for detector in science if mine else ():
                 out = where["templates"] / tile.name / f"{band}_{detector}.fits"
                 calibrations = str(calibration_path(site, instrument, detector, band))
-                yield Task("template", root, name, detector, str(out), tuple(mine), calibrations)
+                yield Task(
+                    "template", root, name, detector, str(out), tuple(mine), calibrations, (tile.ra, tile.dec)
+                )
 
 
 def calibration_path(site: Site, instrument: Instrument, detector: str, band: str) -> Path:
@@ -207,10 +211,13 @@ def _make_calibrations(site: Site, instrument: Instrument, task: Task, out: Path
 
 
 def _make_template(site: Site, instrument: Instrument, task: Task, out: Path) -> None:
+    from cumbre.core.geometry import approximate_wcs
     from cumbre.payloads.calibrate import calibrate
     from cumbre.payloads.calibration import Calibrations
-    from cumbre.payloads.coadd import make_template, save_exposure
+    from cumbre.payloads.coadd import make_template
+    from cumbre.payloads.exposure_file import save_exposure
     from cumbre.payloads.isr import assemble_and_correct
+    from cumbre.payloads.kernels.wcs import PlaneWcs
     from cumbre.payloads.refcat import RefCat
 
     sky = _sky(site.root)
@@ -224,7 +231,13 @@ def _make_template(site: Site, instrument: Instrument, task: Task, out: Path) ->
         )
         for request in task.requests
     ]
-    save_exposure(make_template(exposures), out)
+    assert task.tile is not None
+    detector = instrument.detector(task.detector)
+    header = approximate_wcs(instrument, detector, task.tile[0], task.tile[1], 0.0)
+    # Wider than the detector on each side, so that a dithered visit still lies inside.
+    header |= {key: header[key] + TEMPLATE_MARGIN_PX for key in ("CRPIX1", "CRPIX2")}
+    shape = (detector.ny + 2 * TEMPLATE_MARGIN_PX, detector.nx + 2 * TEMPLATE_MARGIN_PX)
+    save_exposure(make_template(exposures, PlaneWcs.from_header(header), shape), out)
 
 
 def _write_index(site: Site, instrument: Instrument) -> None:
