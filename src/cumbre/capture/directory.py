@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import warnings
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ from cumbre.capture.hops import Piece, hop_fields, publish_hops
 from cumbre.capture.keys import RawKey
 from cumbre.capture.quarantine import quarantine
 from cumbre.capture.writer import QUARANTINE_FOLDER
-from cumbre.core.errors import BadFileError, ConflictError, CumbreError
+from cumbre.core.errors import BadFileError, ConflictError, CumbreError, NotFoundError
 from cumbre.core.ids import ObsId, manifest_key
 from cumbre.core.instrument import Detector, Instrument
 from cumbre.stores.files import copy_verified, sha256_of, write_atomic
@@ -102,9 +104,9 @@ class DirectoryCamera:
         return [outcomes[path] for path in order]
 
     def _by_header(self, path: Path) -> Any:
-        from cumbre.core.header_files import read_headers, read_metadata
+        from cumbre.core.header_files import read_metadata
 
-        read_headers(path)  # the whole file, so that a truncated one is found here and not at night
+        check_whole(path)
         return read_metadata(self._instrument, path)
 
     def _look(self, path: Path) -> _Good:
@@ -262,6 +264,34 @@ class DirectoryCamera:
             publish_hops(self._bus, [hop])
         obs_id, detector = (piece.obs_id, piece.detector) if piece else ("", -1)
         return Taken(path, error.outcome, obs_id, detector, kept, str(error))
+
+
+def check_whole(path: Path) -> None:
+    """Refuse a file that ends before the data that its last header announces.
+
+    Raises
+    ------
+    NotFoundError
+        There is no such file.
+    BadFileError
+        Not FITS, or truncated (compressed files too).
+    """
+    from astropy.io import fits
+
+    if not path.is_file():
+        raise NotFoundError(f"{path}: there is no such file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # non-standard cards; the instrument's rules judge those
+        try:
+            with fits.open(path, memmap=False, lazy_load_hdus=False, disable_image_compression=True) as hdus:
+                about = hdus[-1].fileinfo()
+                stream = about["file"]
+                stream.seek(0, 2)
+                size, expected = stream.tell(), about["datLoc"] + about["datSpan"]
+        except (OSError, ValueError, TypeError, EOFError, fits.VerifyError, zlib.error) as error:
+            raise BadFileError(f"{path}: not a readable FITS file: {error}") from error
+    if size < expected:
+        raise BadFileError(f"{path}: truncated: {size} bytes, its headers announce {expected}")
 
 
 def _text(about: Described, name: str) -> str:
