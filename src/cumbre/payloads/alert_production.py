@@ -88,7 +88,7 @@ def warm_up() -> None:
                 wcs=wcs,
                 is_background_subtracted=True,
                 metadata={"exposure_id": 1, "detector": 0, "mjd_mid_tai": 60000.0},
-            )  # fmt: skip
+            )
         )
     pair[0].image[100:103, 60:63] += 500
     produce(pair[0], None, pair[1], None)
@@ -321,7 +321,7 @@ def _force(
                 "band": context.band or None,
                 "timeProcessedMjdTai": context.processed_mjd_tai,
                 "timeWithdrawnMjdTai": None,
-            }  # fmt: skip
+            }
         )
     return rows
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -144,11 +145,7 @@ def _band(
     if points:
         fluxes = [f for _, f, _ in points]
         mean = _mean([(f, e) for _, f, e in points])
-        slopes = [
-            (b[1] - a[1]) / (b[0] - a[0])
-            for a, b in zip(points, points[1:], strict=False)
-            if b[0] - a[0] > 1e-6
-        ]
+        slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(points) if b[0] - a[0] > 1e-6]
         out |= {
             f"{band}_psfFluxNdata": len(points),
             f"{band}_psfFluxMin": min(fluxes),

@@ -115,7 +115,8 @@ def find_stars(exposure: Exposure, *, threshold: float = 6.0) -> Stars:
         raise UnprocessableDataError(f"star detection: {error}") from error
     x, y = found["x"].astype(float), found["y"].astype(float)
     if len(found) == 0:
-        return Stars(*([np.zeros(0)] * 6), np.zeros(0, bool))
+        none = np.zeros(0)
+        return Stars(none, none, none, none, none, none, np.zeros(0, bool))
     radius = 1.5 * float(np.clip(np.median(2.355 * np.sqrt(found["a"] * found["b"])), 2.0, 12.0))
     flux, flux_err, _ = sep.sum_circle(image, x, y, radius, err=noise)
     half, _ = sep.flux_radius(image, x, y, np.full(len(x), 3 * radius), 0.5)
@@ -125,9 +126,13 @@ def find_stars(exposure: Exposure, *, threshold: float = 6.0) -> Stars:
     clean = ((found["flag"] & ~1) == 0) & ~near_bad[yi, xi] & (flux > 0)
     order = np.argsort(-flux, kind="stable")
     return Stars(
-        *(np.asarray(v, float)[order] for v in (x, y, flux, flux / np.maximum(flux_err, 1e-9), half)),
-        np.asarray(found["a"] / np.maximum(found["b"], 0.1), float)[order],
-        clean[order],
+        x=x[order],
+        y=y[order],
+        flux=np.asarray(flux, float)[order],
+        snr=np.asarray(flux / np.maximum(flux_err, 1e-9), float)[order],
+        half_light=np.asarray(half, float)[order],
+        elongation=np.asarray(found["a"] / np.maximum(found["b"], 0.1), float)[order],
+        is_clean=clean[order],
     )
 
 

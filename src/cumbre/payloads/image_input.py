@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from pathlib import Path
@@ -16,6 +17,7 @@ from cumbre.core.errors import BadFileError, NotFoundError, UnprocessableDataErr
 from cumbre.payloads.exposure import Exposure, MaskPlane
 from cumbre.payloads.kernels.detect import robust_rms
 
+logger = logging.getLogger(__name__)
 MIN_SIDE = 64
 
 
@@ -90,7 +92,7 @@ def _wcs(header: Any, primary: Any) -> Any:
         except (
             Exception
         ):  # astropy's WCS raises many kinds for broken keywords; a missing WCS is no error here
-            continue
+            logger.info("WCS of the header is not usable", exc_info=True)
     return None
 
 

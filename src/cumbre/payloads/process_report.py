@@ -35,9 +35,11 @@ def build_page(result: DifferenceResult, summary: dict[str, Any], *, threshold: 
     title = f"{len(good)} reliable of {len(sources)} detections"
     parts = [
         f"<h1>{html.escape(title)}</h1>",
-        f"<p class=soft>{html.escape(str(summary.get('science_name', '')))} minus "
-        f"{html.escape(str(summary.get('reference_name', '')))}. Circles: green = reliable, orange dotted = doubtful "
-        "(first 200). Fluxes in science-image units.</p>",
+        (
+            f"<p class=soft>{html.escape(str(summary.get('science_name', '')))} minus "
+            f"{html.escape(str(summary.get('reference_name', '')))}. Circles: green = reliable, orange dotted = "
+            "doubtful (first 200). Fluxes in science-image units.</p>"
+        ),
         "<section class=three>",
     ]
     for name, plane in _planes(result):
@@ -191,11 +193,13 @@ def _numbers(summary: dict[str, Any]) -> str:
 
 def _wrap(title: str, body: str) -> str:
     style = (
-        f"body{{background:{BACK};color:{INK};font:15px/1.45 system-ui,sans-serif;margin:24px auto;max-width:1500px;padding:0 16px}}"
+        f"body{{background:{BACK};color:{INK};font:15px/1.45 system-ui,sans-serif;margin:24px auto;"
+        "max-width:1500px;padding:0 16px}"
         f".soft,figcaption{{color:{SOFT};font-size:13px}}figure{{margin:0}}img{{width:100%;display:block;border-radius:4px}}"
         ".three{display:grid;grid-template-columns:repeat(auto-fit,minmax(330px,1fr));gap:12px}"
         ".stamps{display:grid;grid-template-columns:repeat(auto-fill,minmax(300px,1fr));gap:12px}"
-        f"table{{border-collapse:collapse;background:{CARD}}}td,th{{padding:3px 10px;text-align:right;border-bottom:1px solid {BACK};"
+        f"table{{border-collapse:collapse;background:{CARD}}}td,th{{padding:3px 10px;text-align:right;"
+        f"border-bottom:1px solid {BACK};"
         "font-variant-numeric:tabular-nums}td:first-child,th:first-child{text-align:left}.wide{overflow-x:auto}"
     )
     return (

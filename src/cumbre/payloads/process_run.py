@@ -230,7 +230,7 @@ def _write_difference(result: DifferenceResult, path: Path) -> None:
 
 
 def _write_alerts(result: DifferenceResult, science: Exposure, path: Path) -> int:
-    from cumbre.alerts import write_container
+    from cumbre.alerts.packet import write_container
 
     context = source_context(science)
     records = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -21,7 +21,8 @@ _MAX_SHIFT = 2.5
 class PsfField(Protocol):
     """A PSF model: odd square stamps centred on their middle pixel, sum 1."""
 
-    def __call__(self, x: float, y: float) -> NDArray[np.float64]: ...
+    def __call__(self, x: float, y: float, /) -> NDArray[np.floating[Any]]:
+        """Stamp of the place."""
 
 
 class GridPsf:
@@ -160,7 +161,7 @@ def noise_peaks(snr: NDArray[np.float32], bad: NDArray[np.bool_], radius: int) -
     return far / (ratio - 1.0), float(np.clip(0.5 / np.log(ratio), 0.1, 1.0))
 
 
-def robust_rms(values: NDArray[np.float32]) -> float:
+def robust_rms(values: NDArray[np.floating[Any]]) -> float:
     """Scatter of the core of a distribution (1.4826 × median absolute deviation)."""
     if values.size == 0:
         return float("nan")

@@ -71,7 +71,7 @@ def decorrelation_kernel(
     phi = np.fft.fftshift(np.fft.irfft2(response, s=(size, size)))
     centre = size // 2
     cut = phi[centre - half : centre + half + 1, centre - half : centre + half + 1].copy()
-    return cut / cut.sum()
+    return np.asarray(cut / cut.sum())
 
 
 @dataclass(slots=True)

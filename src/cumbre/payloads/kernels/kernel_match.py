@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from cumbre.core.errors import NoWorkFoundError
 
@@ -46,7 +46,7 @@ class GaussianBasis:
         """(n, 2·half + 1, 2·half + 1) kernel images."""
         raw = np.einsum("ky,kx->kyx", self.along_y, self.along_x)
         raw[1:] -= self.sums[1:, None, None] * raw[0]
-        return raw
+        return np.asarray(raw)
 
     def convolve(self, stamp: Float64) -> Float64:
         """The convolution of one stamp with every function, where it is complete.
@@ -64,7 +64,7 @@ class GaussianBasis:
         up = _toeplitz(self.along_y, stamp.shape[0])
         out = np.matmul(np.matmul(up, stamp), across.transpose(0, 2, 1))
         out[1:] -= self.sums[1:, None, None] * out[0]
-        return out
+        return np.asarray(out)
 
 
 def _toeplitz(factors: Float64, length: int) -> Float64:
@@ -88,7 +88,9 @@ def gaussian_basis(half: int, sigmas: Sequence[float], degrees: Sequence[int]) -
     """
     u = np.arange(-half, half + 1) / half
     x = np.arange(-half, half + 1)
-    along_x, along_y, sums = [], [], []
+    along_x: list[Float64] = []
+    along_y: list[Float64] = []
+    sums: list[float] = []
     for sigma, degree in zip(sigmas, degrees, strict=True):
         gauss = np.exp(-0.5 * (x / sigma) ** 2)
         for p in range(degree + 1):
@@ -103,7 +105,7 @@ def gaussian_basis(half: int, sigmas: Sequence[float], degrees: Sequence[int]) -
     return GaussianBasis(half, np.array(along_x), np.array(along_y), np.array(sums))
 
 
-def _monomials(x: Float64, y: Float64, shape: tuple[int, int], order: int) -> Float64:
+def _monomials(x: ArrayLike, y: ArrayLike, shape: tuple[int, int], order: int) -> Float64:
     """(n, n_terms) polynomial terms in pixel positions scaled to −1…1."""
     u = 2.0 * np.asarray(x, float) / max(shape[1] - 1, 1) - 1.0
     v = 2.0 * np.asarray(y, float) / max(shape[0] - 1, 1) - 1.0
@@ -151,7 +153,6 @@ class KernelSolution:
     def background_image(self) -> NDArray[np.float32]:
         """(ny, nx) differential background."""
         ny, nx = self.shape
-        terms = _monomials(np.arange(nx), np.zeros(nx), self.shape, self.background_order)
         rows = np.linspace(-1.0, 1.0, ny)
         out = np.zeros((ny, nx), dtype=np.float32)
         index = 0
@@ -160,7 +161,6 @@ class KernelSolution:
             for q in range(degree + 1):
                 out += np.outer(rows**q, self.background[index] * u ** (degree - q)).astype(np.float32)
                 index += 1
-        assert terms.shape[1] == index
         return out
 
 
@@ -313,8 +313,8 @@ def _solve(
     """Coefficients (n_functions + 1, n_terms) and the condition number of the scaled equations."""
     n_functions, n_terms = shape
     outer = (terms[:, :, None] * terms[:, None, :]).reshape(len(terms), -1)
-    full = (matrices.reshape(len(terms), -1).T @ outer).reshape(n_functions, n_functions, n_terms, n_terms)
-    full = full.transpose(0, 2, 1, 3).reshape(n_functions * n_terms, n_functions * n_terms)
+    blocks = (matrices.reshape(len(terms), -1).T @ outer).reshape(n_functions, n_functions, n_terms, n_terms)
+    full = blocks.transpose(0, 2, 1, 3).reshape(n_functions * n_terms, n_functions * n_terms)
     right = (vectors.T @ terms).ravel()
     A, b = full[np.ix_(selection, selection)], right[selection]
     scale = 1.0 / np.sqrt(np.maximum(np.diag(A), 1e-300))
