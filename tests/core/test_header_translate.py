@@ -51,6 +51,18 @@ def test_own_raws_need_no_rules():
     assert found.image_type == "science"
 
 
+def test_frames_of_a_foreign_camera_that_went_through_our_writer_are_in_our_words():
+    kast = load_instrument("kast_blue")
+    written = OWN | {"CAMERA": "KastBlue", "EXPID": 2026112000012, "OBSID": "KB_O_20261120_000012", "FILTER": "Open",
+                     "CHIPID": "R00_S00", "OBJECT": "Bias", "IMGTYPE": "BIAS"}  # fmt: skip
+    found = translate(kast, [written], "x.fits")
+    assert (found.obs_id, found.image_type, found.ra_deg) == (
+        "KB_O_20261120_000012",
+        "bias",
+        pytest.approx(10.0),
+    )
+
+
 def test_the_error_names_file_keyword_and_what_to_add():
     header = {key: value for key, value in OWN.items() if key != "EXPTIME"}
     with pytest.raises(

@@ -132,6 +132,15 @@ def _present(value: Any) -> bool:
     return not (isinstance(value, float) and math.isnan(value))
 
 
+def is_own_raw(instrument: Instrument, primary: Header) -> bool:
+    """Whether cumbre's image writer made the file: frames of a foreign camera come out of it in our own words."""
+    return (
+        str(primary.get("CAMERA", "")).strip() == instrument.name
+        and "EXPID" in primary
+        and "CHIPID" in primary
+    )
+
+
 class HeaderReader:
     """Looks values up by the rules of one instrument and remembers what was wrong."""
 
@@ -140,7 +149,6 @@ class HeaderReader:
     ) -> None:
         self.instrument = instrument
         self.filename = filename
-        self.rules = instrument.header or OWN_RULES
         self.problems: list[str] = []
         if isinstance(headers, Mapping):
             self._by_name: dict[str, Header] = {str(name): value for name, value in headers.items()}
@@ -149,6 +157,8 @@ class HeaderReader:
             self._all = list(headers)
             self._by_name = {str(i): header for i, header in enumerate(self._all)}
             self._by_name |= {str(h["EXTNAME"]).strip(): h for h in self._all if "EXTNAME" in h}
+        foreign = instrument.header and not is_own_raw(instrument, self._all[0] if self._all else {})
+        self.rules = instrument.header if foreign else OWN_RULES
 
     def lookup(self, keyword: str, absent: Iterable[str] = ()) -> Any:
         """Value of ``KEY`` in the first header that has it, or of ``EXT/KEY``; None when not there."""

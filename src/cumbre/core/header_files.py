@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cumbre.core.errors import BadFileError, NotFoundError
-from cumbre.core.header import ObservationMetadata, translate
+from cumbre.core.header import ObservationMetadata, is_own_raw, translate
 from cumbre.core.instrument import Instrument
 
 _COMMENTARY = ("COMMENT", "HISTORY", "")
@@ -62,4 +62,7 @@ def read_metadata(instrument: Instrument, path: Path) -> ObservationMetadata:
     BadFileError, NotFoundError
         As :func:`read_headers` and :func:`~cumbre.core.header.translate`.
     """
-    return translate(instrument, read_headers(path, primary_only=not instrument.header), str(path))
+    headers = read_headers(path, primary_only=True)
+    if instrument.header and not is_own_raw(instrument, headers[0]):
+        headers = read_headers(path)
+    return translate(instrument, headers, str(path))
