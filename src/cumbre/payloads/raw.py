@@ -191,7 +191,8 @@ def _content(path: Path) -> tuple[BinaryIO, int, bool]:
     """Open stream, its size, and whether it is in memory."""
     with path.open("rb") as stream:
         magic = stream.read(3)
-    opener = {b"\x1f\x8b\x08": gzip.open, b"BZh": bz2.open}.get(magic)
+    openers: dict[bytes, Any] = {b"\x1f\x8b\x08": gzip.open, b"BZh": bz2.open}
+    opener = openers.get(magic)
     if opener is None:
         return path.open("rb"), path.stat().st_size, False
     limit = 8 * MAX_PIXELS

@@ -1,6 +1,5 @@
 """Detector signature removal: everything that happens to a pixel, in one pass over the raw amplifiers."""
 
-# ruff: noqa: PLR0917 -- compiled loops take their arrays by position
 from __future__ import annotations
 
 from typing import Literal
@@ -65,7 +64,7 @@ def overscan_level(
 
 
 @njit(cache=True, fastmath={"contract", "arcp", "reassoc", "nsz"}, error_model="numpy")
-def _correct(
+def _correct(  # type: ignore[no-untyped-def]
     signal,
     saturated,
     boxes,
@@ -76,7 +75,7 @@ def _correct(
     crosstalk,
     has_crosstalk,
     bias,
-    has_bias,  # type: ignore[no-untyped-def]
+    has_bias,
     dark,
     has_dark,
     flat,

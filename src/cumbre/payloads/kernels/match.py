@@ -5,7 +5,6 @@ counting how many of the brightest stars fall on a star of the other list, throu
 search stops as soon as the count cannot be chance.
 """
 
-# ruff: noqa: PLR0917 -- arrays are taken by position, in the order of the whole room
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -200,7 +199,7 @@ def _count(x, y, n, m00, m01, m10, m11, tx, ty, xr, yr, head, following, x0, y0,
 
 
 @njit(cache=True)
-def _search(
+def _search(  # type: ignore[no-untyped-def]
     x,
     y,
     order_i,
@@ -212,7 +211,7 @@ def _search(
     pair_length,
     n_count,
     tolerance,
-    scale_low,  # type: ignore[no-untyped-def]
+    scale_low,
     scale_high,
     cos_max,
     allow_same,

@@ -1,6 +1,5 @@
 """Forced PSF photometry (own, compiled) and apertures (sep) at given positions."""
 
-# ruff: noqa: PLR0917 -- arrays are taken by position, in the order of the whole room
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -4,7 +4,6 @@ Stars are shifted to a pixel centre with Lanczos 3, divided by their flux and fi
 differ from the model (galaxies, blends, cosmic rays) are left out and the fit repeated.
 """
 
-# ruff: noqa: PLR0917 -- arrays are taken by position, in the order of the whole room
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -435,4 +434,4 @@ def _tapered(coefficients: Floats) -> Floats:
     n = coefficients.shape[1]
     r = np.hypot(*np.meshgrid(np.arange(n) - n // 2, np.arange(n) - n // 2))
     fade = np.clip((n / 2 + 0.5 - r) / 3.0, 0, 1)
-    return coefficients * fade
+    return np.asarray(coefficients * fade, np.float64)

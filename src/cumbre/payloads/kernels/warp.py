@@ -4,7 +4,6 @@ A world-coordinate transform costs a microsecond per pixel; its values on a 16-p
 bilinearly, are within a thousandth of a pixel for every distortion a telescope has.
 """
 
-# ruff: noqa: PLR0917 -- arrays are taken by position, in the order of the whole room
 from __future__ import annotations
 
 from collections.abc import Callable

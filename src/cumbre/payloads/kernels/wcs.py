@@ -79,7 +79,7 @@ class PlaneWcs:
     @property
     def order(self) -> int:
         """Degree of the distortion; 1 for a linear one."""
-        return max(1, self.a.shape[0] - 1)
+        return max(1, int(self.a.shape[0]) - 1)
 
     @property
     def pixel_scale_arcsec(self) -> float:
