@@ -291,9 +291,15 @@ def test_a_killed_replicator_goes_on(site: Site, bus: Bus, clock: Clock) -> None
 
 
 def test_files_without_events_are_caught_up(site: Site, bus: Bus, clock: Clock) -> None:
-    write_image(site, bus, 1, announce=False)
+    paths = write_image(site, bus, 1, announce=False)
+    (paths[0].parent / f"{obs_id(1)}_header.json").write_text(
+        json.dumps({"group_id": "group of the sidecar"})
+    )
+    for path in paths:
+        os.utime(path, (time.time() - 60, time.time() - 60))
     with running(*make_chain(site, bus, clock)):
         until(lambda: len(hops(bus, "archive_tape")) == 4)
+    assert {hop["groupId"] for hop in hops(bus, "at_archive")} == {"group of the sidecar"}
     assert stored(site, "archive") == keys(range(1, 2))
 
 

@@ -6,7 +6,6 @@ undone is found by a scan of the raw cache at the start and again from time to t
 
 from __future__ import annotations
 
-import json
 import logging
 import queue
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cumbre.archive.addresses import parse_address, write_address
-from cumbre.archive.journal import Journal, raw_files
+from cumbre.archive.journal import Journal, group_of, is_settled, raw_files
 from cumbre.archive.protocol import Parcel
 from cumbre.archive.receiver import Receiver
 from cumbre.archive.tape import TapeArchive
@@ -65,6 +64,7 @@ class Distributor:
         self._on_way: set[str] = set()
         self._arrivals: queue.SimpleQueue[tuple[Parcel, Path] | None] = queue.SimpleQueue()
         self._scan_every_s, self._next_scan = scan_every_s, 0.0
+        self._scanned = False
         host, port = parse_address(settings.listen or "127.0.0.1:0")
         self._receiver = Receiver(
             root=self._raw,
@@ -197,12 +197,15 @@ class Distributor:
             if taped and self._journal.has(text, ANNOUNCED):
                 continue
             path = self._raw / text
+            if self._scanned and not is_settled(path):
+                continue  # arriving just now; its own arrival knows more of it
             try:
-                parcel = Parcel(text, path.stat().st_size, sha256_of(path), _group_of(path))
+                parcel = Parcel(text, path.stat().st_size, sha256_of(path), group_of(path))
             except (CumbreError, OSError) as error:
                 log.warning("%s: %s", path, error)
                 continue
             self._arrivals.put((parcel, path))
+        self._scanned = True
         self._arrivals.put(None)
 
     def _refused(self, said: dict[str, Any], outcome: str, message: str, kept: Path | None) -> None:
@@ -223,15 +226,3 @@ class Distributor:
             path=kept or "",
             message=message,
         )
-
-
-def _group_of(path: Path) -> str:
-    """Group of an image from the header sidecar beside it, for files found without their parcel."""
-    for sidecar in path.parent.glob("*_header.json"):
-        try:
-            header = json.loads(sidecar.read_bytes())
-        except (OSError, ValueError):
-            continue
-        if isinstance(header, dict):
-            return str(header.get("group_id", ""))[:256]
-    return ""

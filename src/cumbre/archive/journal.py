@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from pathlib import Path
 
-from cumbre.capture.keys import RawKey
+from cumbre.capture.keys import SIDECAR_PART, RawKey
 from cumbre.core.errors import BadFileError
 
 
@@ -80,3 +81,27 @@ def raw_files(root: Path) -> list[RawKey]:
         except BadFileError:
             continue
     return sorted(found, key=lambda key: key.order)
+
+
+SETTLED_S = 5.0
+"""Real seconds after which a file's own event must have come, if it ever comes."""
+
+
+def is_settled(path: Path) -> bool:
+    """Whether a file is old enough for a scan to take it up without its event."""
+    try:
+        return time.time() - path.stat().st_mtime > SETTLED_S
+    except FileNotFoundError:
+        return False
+
+
+def group_of(path: Path) -> str:
+    """Group of an image from the header sidecar beside a file, for files found without their event."""
+    for sidecar in path.parent.glob(f"*_{SIDECAR_PART}.json"):
+        try:
+            header = json.loads(sidecar.read_bytes())
+        except (OSError, ValueError):
+            continue
+        if isinstance(header, dict):
+            return str(header.get("group_id", ""))[:256]
+    return ""

@@ -10,12 +10,13 @@ import logging
 import queue
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cumbre.archive.addresses import link_of, route
 from cumbre.archive.buffer import Entry, OutageBuffer
-from cumbre.archive.journal import Journal, raw_files
+from cumbre.archive.journal import Journal, group_of, is_settled, raw_files
 from cumbre.archive.protocol import Parcel
 from cumbre.archive.sender import Sender
 from cumbre.capture.hops import (
@@ -184,12 +185,15 @@ class Relay:
             if text in self.buffer or self._journal.has(text, SENT) or self._journal.has(text, LOST):
                 continue
             path = self._raw / text
+            if not is_settled(path):
+                continue  # its event, which knows more of it, is on the way
             try:
+                group_id = group_of(path)
+                piece = Piece(str(key.obs_id), key.instrument, group_id)
                 if key.is_detector:
-                    piece = piece_of(key.instrument, key.obs_id, key.part, self._ids)
-                else:
-                    piece = Piece(str(key.obs_id), key.instrument)
-                parcel = Parcel(text, path.stat().st_size, sha256_of(path))
+                    known = piece_of(key.instrument, key.obs_id, key.part, self._ids)
+                    piece = replace(piece, detector=known.detector, detector_name=known.detector_name)
+                parcel = Parcel(text, path.stat().st_size, sha256_of(path), group_id)
                 added = self._add(parcel, piece)
             except (CumbreError, OSError) as error:
                 log.warning("%s: %s", path, error)

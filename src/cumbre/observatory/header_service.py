@@ -168,9 +168,11 @@ class HeaderService:
         """Write and announce; a failure is told by a hop and does not stop the service."""
         try:
             self._write(image, at_tai)
-        except (CumbreError, OSError) as error:
-            outcome = error.outcome if isinstance(error, CumbreError) else "Transient"
-            log.error("header of %s: %s", image.obs_id, error)
+        except Exception as error:
+            # The loop of a component: one bad image must never stop the next.
+            outcome = "Transient" if isinstance(error, OSError) else "UnprocessableData"
+            outcome = error.outcome if isinstance(error, CumbreError) else outcome
+            log.exception("header of %s failed", image.obs_id)
             self._hop(image, outcome=outcome, message=str(error))
             return 0
         return 1
