@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cumbre.bus import open_bus
-from cumbre.core.configuration import Site
+from cumbre.core.configuration import SITE_FILE, Site
 from cumbre.core.time import Clock, isot
 from cumbre.orchestration.prompt import PRELOAD, PromptService
 from cumbre.stores.postgres import Database, EmbeddedPostgres
@@ -24,12 +24,12 @@ from cumbre.stores.postgres import Database, EmbeddedPostgres
 def small_site(root: Path) -> Site:
     """A demonstration site with one tile and two template epochs."""
     from cumbre.site.preparation import prepare
-    from cumbre.site.profiles import write_site
+    from cumbre.site.profiles import create_site
 
-    site = write_site(root)
-    site.config.scheduler.tiles = 1
-    assert site.config.simulator is not None
-    site.config.simulator.template_epochs = 2
+    path = create_site(root).root / SITE_FILE
+    text = path.read_text().replace("tiles: 3", "tiles: 1") + "  template_epochs: 2\n"
+    path.write_text(text)
+    site = Site.load(root)
     prepare(site, lambda text: print(text, file=sys.stderr))
     return site
 
