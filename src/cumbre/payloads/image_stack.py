@@ -46,25 +46,19 @@ def align_to(
     """
     stars = stars or find_stars(fixed)
     other = find_stars(moving)
-    try:
-        registration = register(stars.x, stars.y, other.x, other.y, name=name)
-    except NoWorkFoundError as error:
-        found = _by_wcs(fixed, moving)
-        if found is None:
-            raise
-        logger.warning("%s; aligned by the WCS of the headers instead", error)
-        registration = found
-    move = registration.largest_move(fixed.shape) if fixed.shape == moving.shape else float("inf")
-    numbers = {
-        "register_rms_px": registration.rms,
-        "register_stars": float(registration.n_stars),
-        "register_move_px": move if np.isfinite(move) else registration.largest_move(fixed.shape),
-        "register_rotation_deg": registration.affine.rotation_deg,
-        "register_scale": registration.affine.scale,
-    }
+    numbers: dict[str, float] = {"register_move_px": 0.0, "register_rotation_deg": 0.0, "register_scale": 1.0}
+    registration: Registration | None = None
     if fixed.shape == moving.shape and _is_still(stars, other):
         image, variance, mask = moving.image, moving.variance, moving.mask
     else:
+        registration = _registration(fixed, moving, stars, other, name)
+        numbers = {
+            "register_rms_px": registration.rms,
+            "register_stars": float(registration.n_stars),
+            "register_move_px": registration.largest_move(fixed.shape),
+            "register_rotation_deg": registration.affine.rotation_deg,
+            "register_scale": registration.affine.scale,
+        }
         image, variance, mask = resample(
             moving.image, moving.variance, moving.mask, registration, fixed.shape
         )
@@ -74,8 +68,23 @@ def align_to(
         image=image, variance=variance, mask=mask, is_background_subtracted=True, zero_point=moving.zero_point,
         metadata=dict(moving.metadata), metrics={**moving.metrics, **numbers},
     )  # fmt: skip
-    result.wcs = fixed.wcs if fixed.wcs is not None else _carried_wcs(fixed, moving, registration)
+    if fixed.wcs is not None:
+        result.wcs = fixed.wcs
+    else:
+        result.wcs = moving.wcs if registration is None else _carried_wcs(fixed, moving, registration)
     return result
+
+
+def _registration(fixed: Exposure, moving: Exposure, stars: Stars, other: Stars, name: str) -> Registration:
+    """By the stars, or, when they do not suffice, by the WCS of both headers."""
+    try:
+        return register(stars.x, stars.y, other.x, other.y, name=name)
+    except NoWorkFoundError as error:
+        found = _by_wcs(fixed, moving)
+        if found is None:
+            raise
+        logger.warning("%s; aligned by the WCS of the headers instead", error)
+        return found
 
 
 def _is_still(stars: Stars, other: Stars) -> bool:

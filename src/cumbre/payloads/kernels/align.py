@@ -85,23 +85,39 @@ def register(
     """
     xs, ys = np.asarray(x, float), np.asarray(y, float)
     xo, yo = np.asarray(x_other, float), np.asarray(y_other, float)
+    # Among unrelated lists some transform always brings a few stars together.
+    needed = max(4, round(3 + 0.12 * min(len(xs), len(xo), 200)))
     match = match_images(xs, ys, xo, yo, tolerance=tolerance)
+    best = _accepted(xs, ys, xo, yo, match.transform if match else None, tolerance, needed)
     for scale in _SCALES:
-        if match is not None and match.n >= 4:
-            break
+        if best is not None:
+            return best
         # Other cameras: pixels of another size. The first list is brought to about the other's scale.
         found = match_blind(
             xs * scale, ys * scale, xo, yo, tolerance=tolerance, scale_tolerance=0.25, n_bright_ref=80
         )
-        if found is not None and found.n >= 6:
+        if found is not None:
             linear = Affine(found.transform.matrix * scale, found.transform.offset)
-            match = type(found)(linear, found.first, found.second, found.rms)
-    if match is None or match.n < 3:
-        raise NoWorkFoundError(
-            f"{name}: its {len(xo)} stars show no pattern in common with the {len(xs)} of the image to align to; "
-            "do the two show the same field?"
-        )
-    return _polish(xs, ys, xo, yo, match.transform, tolerance)
+            best = _accepted(xs, ys, xo, yo, linear, tolerance, needed)
+    if best is not None:
+        return best
+    raise NoWorkFoundError(
+        f"{name}: its {len(xo)} stars show no pattern in common with the {len(xs)} of the image to align to; "
+        "do the two show the same field?"
+    )
+
+
+def _accepted(
+    xs: Float64, ys: Float64, xo: Float64, yo: Float64, affine: Affine | None, tolerance: float, needed: int
+) -> Registration | None:
+    """The polished registration, or None when it unites too few stars."""
+    if affine is None:
+        return None
+    try:
+        result = _polish(xs, ys, xo, yo, affine, tolerance)
+    except NoWorkFoundError:
+        return None
+    return result if result.n_stars >= needed else None
 
 
 def _polish(
