@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -81,21 +82,24 @@ def _frame(site, obs_id, begin_tai, *, planted=None):
 def template(site):
     from cumbre.payloads.calibrate import calibrate
     from cumbre.payloads.calibration import Calibrations
+    from cumbre.payloads.exposure_file import save_exposure
     from cumbre.payloads.isr import assemble_and_correct
     from cumbre.payloads.raw import read_raw
     from cumbre.payloads.refcat import RefCat
 
     calibrations = Calibrations(flat=np.ones(DETECTOR.shape, np.float32))
     calibrations.save(site.root / "archive" / "calibs" / CAMERA.name / f"r_{DETECTOR.name}.fits")
-    path, _ = _frame(site, "XC_O_20261010_000001", NIGHT - 38 * 86164.0905)
+    path, tile = _frame(site, "XC_O_20261010_000001", NIGHT - 38 * 86164.0905)
     reference = RefCat.load(site.root / "refcat" / "refcat.parquet")
     corrected = assemble_and_correct(read_raw(path, CAMERA), calibrations)
-    return calibrate(corrected, reference, instrument=CAMERA)
+    folder = site.root / "archive" / "templates"
+    save_exposure(calibrate(corrected, reference, instrument=CAMERA), folder / "T" / "r_R00_S00.fits")
+    row = {"tile": "T", "ra": tile.ra, "dec": tile.dec, "band": "r", "detector": DETECTOR.name}
+    (folder / "index.json").write_text(json.dumps([row | {"path": "T/r_R00_S00.fits"}]))
 
 
 @pytest.fixture
-def payload(site, template, database, monkeypatch):
-    monkeypatch.setattr(inputs.InputLoader, "template", lambda *_: ("T", template))
+def payload(site, template, database):
     prompt_worker._prepared.clear()
     prompt_worker._level1.cache_clear()
     raw_column, raw_row = AMPLIFIER.raw_box.x0 + 120, AMPLIFIER.raw_box.y0 + 200
