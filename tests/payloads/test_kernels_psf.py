@@ -61,7 +61,10 @@ def test_psf_follows_the_position(field):
         ix, iy = int(px + 0.5), int(py + 0.5)
         h = model.size // 2
         cut = truth[iy - h : iy + h + 1, ix - h : ix + h + 1]
-        assert np.abs(stamp - cut / cut.sum()).max() < 0.02 * cut.max()
+        # the stamp has sum one within its circle; the wings of a Moffat star go on beyond it
+        scale = np.sum(stamp * cut) / np.sum(stamp**2)
+        assert scale == pytest.approx(0.98, abs=0.015)
+        assert np.abs(scale * stamp - cut).max() < 0.015 * cut.max()
 
 
 def test_psf_fluxes_are_unbiased_and_errors_honest(field):
