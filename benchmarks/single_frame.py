@@ -61,7 +61,9 @@ def simulate(instrument, size, rng):
         if 14 < px < size - 15 and 14 < py < size - 15:
             i, j = int(px) - 14, int(py) - 14
             gx, gy = (np.exp(-0.5 * ((np.arange(29) - c) / s) ** 2) for c in (px - i, py - j))
-            image[j : j + 29, i : i + 29] += 10 ** (-0.4 * (m - 30.5)) / (2 * np.pi * s * s) * np.outer(gy, gx)
+            image[j : j + 29, i : i + 29] += (
+                10 ** (-0.4 * (m - 30.5)) / (2 * np.pi * s * s) * np.outer(gy, gx)
+            )
     image += rng.standard_normal(image.shape, dtype=np.float32) * np.sqrt(image)
     hits = rng.integers(0, size, (2, int(1500 * (size / 4096) ** 2)))
     image[hits[1], hits[0]] += 2000
