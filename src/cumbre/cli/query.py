@@ -60,7 +60,7 @@ def select(db: Any, sql: str, limit: int) -> list[dict[str, Any]]:
         connection.read_only = True
         connection.execute("SET LOCAL statement_timeout = '60s'")
         try:
-            cursor = connection.execute(sql.encode(), (), prepare=True)
+            cursor = connection.execute(sql.encode(), None, prepare=True)
             if cursor.description is None:
                 raise UserError("expected one SELECT; this statement returns no rows")
             rows: list[dict[str, Any]] = cursor.fetchmany(limit + 1)

@@ -233,7 +233,7 @@ def truth_score(site: Site, db: Database) -> Score:
         here = np.flatnonzero(table["detector"].to_numpy() == row["detector"])
         truth = {
             name: table[name].to_numpy(zero_copy_only=False)[here]
-            for name in ("id", "kind", "ra", "dec", "x", "y", "snr", "mag")
+            for name in ("id", "kind", "ra", "dec", "x", "y", "snr", "mag", "usable")
         }
         mine = [s for s in sources if s["visit"] == row["exposure_id"] and s["detector"] == row["detector"]]
         detections = {name: np.array([s[name] for s in mine]) for name in ("id", "ra", "dec", "snr")}

@@ -148,6 +148,13 @@ def _relay(site: Site, bus: Bus, clock: Clock) -> Service:
     return OutboxRelay(site=site, bus=bus, clock=clock, db=site_database(site))
 
 
+def _retention(site: Site, bus: Bus, clock: Clock) -> Service:
+    from cumbre.archive.retention import RetentionService
+    from cumbre.ledger import Ledger
+
+    return RetentionService(site=site, bus=bus, clock=clock, ledger=Ledger(site_database(site)))
+
+
 def _web(site: Site, bus: Bus, clock: Clock) -> Service:
     from cumbre.web.service import WebService
 
@@ -171,7 +178,7 @@ def factories(site: Site) -> dict[str, Factory]:
         out["oods"] = _ingest("summit")
     if site.config.places["archive"].repository:
         out["embargo"] = _ingest("archive")
-    out |= {"prompt": _prompt, "relay": _relay, "web": _web}
+    out |= {"prompt": _prompt, "relay": _relay, "retention": _retention, "web": _web}
     wanted = site.config.roles
     if wanted is None:
         return out

@@ -28,6 +28,7 @@ HEARTBEAT_S = 1.0
 MAX_PAUSE_S = 5.0
 PARENT_VARIABLE = "CUMBRE_SUPERVISOR"
 _PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
 
 
 def die_with_parent() -> None:
@@ -39,6 +40,12 @@ def die_with_parent() -> None:
         sys.exit(0)  # it died before we could ask
 
 
+def name_process(name: str) -> None:
+    """Show the role in ``ps -o comm`` and ``top``."""
+    with contextlib.suppress(OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, f"cumbre:{name}"[:15].encode(), 0, 0, 0)
+
+
 def configure_logging(name: str) -> None:
     """Lines for a person at 3 a.m.: UTC, level, service, message."""
     logging.Formatter.converter = time.gmtime
@@ -47,6 +54,7 @@ def configure_logging(name: str) -> None:
         format=f"%(asctime)s.%(msecs)03dZ %(levelname)-7s {name}: %(message)s",
         datefmt="%Y-%m-%dT%H:%M:%S",
         stream=sys.stderr,
+        force=True,  # a forked service takes over the supervisor's handlers
     )
     for noisy in ("distributed", "lsst", "asyncio", "bokeh", "numba"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -95,6 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     root, name = Path(arguments[0]), arguments[1]
     die_with_parent()
+    name_process(name)
     configure_logging(name)
     site = Site.load(root)
     stop = threading.Event()

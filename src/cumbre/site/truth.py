@@ -69,7 +69,8 @@ def score(
     ----------
     pairs
         One (truth, detections) per processed detector image: columns ra, dec (degrees), snr, mag (truth),
-        and ids. Detections are the published ones.
+        ids, and optionally usable (truth): false where saturation or the edge forbids a measurement.
+        Detections are the published ones.
     """
     edges = np.arange(15.0, 25.0, 0.5)
     total, found = np.zeros(len(edges)), np.zeros(len(edges))
@@ -78,6 +79,8 @@ def score(
     n_detections = n_true = 0
     for truth, detections in pairs:
         bright = truth["snr"] > snr_limit
+        if "usable" in truth:
+            bright &= truth["usable"].astype(bool)
         wanted = {name: values[bright] for name, values in truth.items()}
         hit, _ = _near(wanted, detections)
         bins = np.clip(np.digitize(wanted["mag"], edges) - 1, 0, len(edges) - 1)
