@@ -218,9 +218,17 @@ def _pile_up(image: NDArray[np.float32], missing: NDArray[np.bool_]) -> float | 
     height = float(np.sort(peaks)[-1]) - sky if peaks.size else 0.0
     if peaks.size < 10 or height <= 0:
         return None
-    upper = int((peaks - sky > 0.8 * height).sum())
-    lower = int(((peaks - sky > 0.5 * height) & (peaks - sky <= 0.8 * height)).sum())
-    return sky + 0.6 * height if upper >= 4 and upper > lower else None
+    height_of = peaks - sky
+    upper = height_of > 0.8 * height
+    middle = (height_of > 0.5 * height) & (height_of <= 0.8 * height)
+    fainter = (height_of > 0.05 * height) & (height_of <= 0.5 * height)
+    if upper.sum() < 4 or upper.sum() <= middle.sum() or fainter.sum() < 5:
+        return None
+    # Equal peaks alone may be equal stars: saturated ones are flat, with less of their light in the peak.
+    light = cv2.boxFilter(smooth - np.float32(sky), cv2.CV_32F, (11, 11), normalize=False)
+    sharpness = height_of / np.maximum(light[(smooth >= top) & ~missing], 1e-6)
+    is_flat = np.median(sharpness[upper]) < 0.85 * np.median(sharpness[fainter])
+    return sky + 0.6 * height if is_flat else None
 
 
 def _grown(mask: NDArray[np.bool_], radius: int) -> NDArray[np.bool_]:
