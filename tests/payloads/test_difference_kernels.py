@@ -93,8 +93,8 @@ def test_stars_missing_in_the_template_do_not_bend_the_kernel(field):
 
 
 def test_too_few_stars_is_no_work():
+    zero = np.zeros(SHAPE, np.float32)
     with pytest.raises(NoWorkFoundError, match="usable stars"):
-        zero = np.zeros(SHAPE, np.float32)
         fit_kernel(zero, zero, zero + 1, zero > 1, np.zeros((0, 2)), basis=gaussian_basis(5, (1.0,), (0,)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import click
@@ -76,6 +77,9 @@ def process(
       cumbre process --science new.fits --reference old.fits --out result
       cumbre process --science a.fits b.fits --reference ref.fits.fz --out result --json
     """
+    # Small matrices: threads of the linear algebra only get in each other's way. Read when numpy is loaded.
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
     from cumbre.payloads.difference import DifferenceConfig
     from cumbre.payloads.process_run import run
 

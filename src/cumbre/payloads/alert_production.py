@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from cumbre.payloads.refcat import RefCat
 
 ASSOCIATION_RADIUS_ARCSEC = 1.0
-ALERT_RELIABILITY = 0.5
-"""Sources below are stored but neither sent nor made into new objects."""
 
 
 @dataclass(slots=True)
@@ -122,6 +120,8 @@ def produce(
         ``Level1.load_region`` gives them; None for no history.
     processed_mjd_tai
         Time of processing; now when not given.
+    config
+        Threshold and kernel; sources below ``config.reliable`` are stored, but neither sent nor made new objects.
 
     Raises
     ------
@@ -130,6 +130,7 @@ def produce(
     UnprocessableDataError
         The image cannot be used.
     """
+    config = config or DifferenceConfig()
     wall: dict[str, float] = {}
     begun = time.monotonic()
     exposure = _calibrated(image, calibrations, reference, instrument)
@@ -144,11 +145,11 @@ def produce(
         if math.isfinite(row["ra"]) and math.isfinite(row["dec"])
     ]
     past = {name: _rows((history or {}).get(name)) for name in ("DiaObject", "DiaSource", "DiaForcedSource")}
-    objects, new_objects = _associate(sources, past)
+    objects, new_objects = _associate(sources, past, config.reliable)
     forced = _force(result, context, [*past["DiaObject"], *new_objects])
     changed = _summaries(sources, objects, past, forced, processed)
     begun = _lap(wall, "associate", begun)
-    alerts = _alerts(result, context, sources, changed, past, exposure)
+    alerts = _alerts(result, context, sources, changed, past, config.reliable)
     _lap(wall, "alerts", begun)
     return DetectorResult(
         sources,
@@ -234,7 +235,7 @@ def _rows(table: Any) -> list[dict[str, Any]]:
 
 
 def _associate(
-    sources: list[dict[str, Any]], past: dict[str, list[dict[str, Any]]]
+    sources: list[dict[str, Any]], past: dict[str, list[dict[str, Any]]], reliable: float
 ) -> tuple[dict[int, dict[str, Any] | None], list[dict[str, Any]]]:
     """Give every source its object; reliable ones without one found a new object.
 
@@ -250,7 +251,7 @@ def _associate(
     touched: dict[int, dict[str, Any] | None] = {}
     new: list[dict[str, Any]] = []
     for source, at in zip(sources, index.tolist(), strict=True):
-        is_reliable = (source["reliability"] or 0.0) >= ALERT_RELIABILITY
+        is_reliable = (source["reliability"] or 0.0) >= reliable
         if at >= 0:
             source["diaObjectId"] = known[at]["diaObjectId"]
             if is_reliable:
@@ -375,14 +376,14 @@ def _alerts(
     sources: list[dict[str, Any]],
     objects: dict[int, dict[str, Any]],
     past: dict[str, list[dict[str, Any]]],
-    exposure: Exposure,
+    reliable: float,
 ) -> list[dict[str, Any]]:
     """Packets of the reliable sources with 12 months of history and three stamps."""
     old, old_forced = _by_object(past["DiaSource"]), _by_object(past["DiaForcedSource"])
-    has_zero_point = math.isfinite(exposure.zero_point)
+    has_zero_point = math.isfinite(result.exposure.zero_point)
     out = []
     for source in sources:
-        if (source["reliability"] or 0.0) < ALERT_RELIABILITY:
+        if (source["reliability"] or 0.0) < reliable:
             continue
         identifier = source["diaObjectId"]
         stamps = stamps_of(
