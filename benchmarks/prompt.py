@@ -16,8 +16,9 @@ from typing import Any
 
 from cumbre.bus import open_bus
 from cumbre.core.configuration import SITE_FILE, Site
+from cumbre.core.ids import ObsId
 from cumbre.core.time import Clock, isot
-from cumbre.orchestration.prompt import PRELOAD, PromptService
+from cumbre.orchestration.prompt import PRELOAD, PROCESS, PromptService
 from cumbre.stores.postgres import Database, EmbeddedPostgres
 
 
@@ -57,6 +58,37 @@ def ready_s(service: PromptService, tile: dict[str, Any], group: str) -> float:
             return time.monotonic() - begun
 
 
+def result_s(service: PromptService) -> tuple[float, list[float], list[str]]:
+    """Seconds from four files at the archive to their results, work of each, outcomes.
+
+    The image is the last template visit of the preparation: its own difference, but the same work.
+    """
+    name, (_, instrument) = next(iter(service._instruments.items()))
+    folders = sorted(p.parent for p in (service.site.root / "earlier").rglob("*_R00_S00.fits"))
+    folder = folders[0]  # the earliest night: a template visit, not an afternoon's calibration
+    for candidate in folders:
+        if len(list(candidate.glob("*.fits"))) == len(instrument.detectors):
+            folder = candidate
+            break
+    obs_id = ObsId.parse(folder.name)
+    begun = time.monotonic()
+    for detector in instrument.detectors:
+        service.bus.publish(
+            "Image.hop",
+            {
+                "obsId": str(obs_id), "instrument": name, "exposureId": obs_id.exposure_id, "groupId": "bench",
+                "detector": detector.id, "detectorName": detector.name, "hop": "at_archive", "place": "archive",
+                "path": str(folder / f"{obs_id}_{detector.name}.fits"), "hopTai": service.clock.now_tai_s(),
+            },
+        )  # fmt: skip
+    while True:
+        service.step(0.02)
+        rows = service.store.payloads(PROCESS, 0)
+        if rows and all(r["state"] in ("done", "failed") for r in rows) and len(rows) == 4:
+            work = [float(service.store.get(r["id"])["wall_s"]) for r in rows]
+            return time.monotonic() - begun, work, sorted({r["outcome"] for r in rows})
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory(prefix="cumbre-bench-") as scratch:
         root = Path(scratch)
@@ -72,6 +104,7 @@ def main() -> None:
                 service = PromptService(site=site, bus=bus, clock=clock, db=database)
                 started = time.monotonic() - begun
                 times = [ready_s(service, tiles[0], isot(clock.now_tai_s() + n)) for n in range(6)]
+                elapsed, work, outcomes = result_s(service)
                 service.close()
             warm = sorted(times[1:])
             print(
@@ -81,6 +114,9 @@ def main() -> None:
                         "service_start_s": round(started, 2),
                         "next_visit_to_ready_cold_s": round(times[0], 3),
                         "next_visit_to_ready_warm_s": round(warm[len(warm) // 2], 3),
+                        "four_images_to_results_s": round(elapsed, 2),
+                        "work_per_image_s": round(sorted(work)[len(work) // 2], 2),
+                        "outcomes": outcomes,
                     }
                 )
             )

@@ -87,13 +87,13 @@ class InlineEngine:
         self._waiting.clear()
 
 
-def _warm(function: str) -> None:
+def _warm(function: str, payload: dict[str, Any]) -> None:
     """Run on each worker when it starts, also after a restart by its nanny."""
     from cumbre.orchestration.task import one_thread
 
     one_thread()
     if function:
-        resolve(function)({})
+        resolve(function)(payload)
 
 
 class DaskEngine:
@@ -105,8 +105,9 @@ class DaskEngine:
         Scheduler of a running cluster; None starts a local one that ends with this process, however it ends.
     n_workers
         Worker processes of the local cluster.
-    warm_up
-        ``package.module:function`` run with ``{}`` on each worker when it starts (imports, compiled kernels).
+    warm_up, warm_payload
+        ``package.module:function`` run on each worker when it starts (imports, compiled kernels), and what
+        it is given (``{}`` by default).
 
     Raises
     ------
@@ -114,7 +115,14 @@ class DaskEngine:
         The cluster does not answer.
     """
 
-    def __init__(self, address: str | None = None, *, n_workers: int = 2, warm_up: str = "") -> None:
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        n_workers: int = 2,
+        warm_up: str = "",
+        warm_payload: dict[str, Any] | None = None,
+    ) -> None:
         import dask
         from distributed import Client, LocalCluster
 
@@ -136,7 +144,7 @@ class DaskEngine:
                     n_workers=n_workers,
                     threads_per_worker=1,
                     processes=True,
-                    dashboard_address=None,
+                    dashboard_address="127.0.0.1:0",  # the default port may be taken
                     memory_limit=None,
                     silence_logs=logging.ERROR,
                 )
@@ -144,7 +152,7 @@ class DaskEngine:
                 self._cluster or address, timeout=START_TIMEOUT_S, set_as_default=False
             )
             self._client.wait_for_workers(1, timeout=START_TIMEOUT_S)
-            self._client.register_plugin(_warm_plugin(warm_up), name="cumbre-warm-up")
+            self._client.register_plugin(_warm_plugin(warm_up, warm_payload or {}), name="cumbre-warm-up")
         except (OSError, TimeoutError) as error:
             self.close()
             raise TransientError(f"compute cluster {address or 'on this machine'}: {error}") from error
@@ -226,7 +234,7 @@ def _pid() -> int:
     return os.getpid()
 
 
-def _warm_plugin(function: str) -> Any:
+def _warm_plugin(function: str, payload: dict[str, Any]) -> Any:
     from distributed import WorkerPlugin
 
     class WarmUp(WorkerPlugin):  # type: ignore[misc]
@@ -235,6 +243,6 @@ def _warm_plugin(function: str) -> Any:
         def setup(self, worker: Any) -> None:
             """Called on the worker."""
             del worker
-            _warm(function)
+            _warm(function, payload)
 
     return WarmUp()

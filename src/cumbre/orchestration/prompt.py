@@ -83,7 +83,10 @@ class PromptService:
         self.settings = site.config.prompt
         self._instruments = load_site_instruments(site)
         self.engine = engine or DaskEngine(
-            self.settings.cluster, n_workers=self.settings.workers, warm_up=f"{WORKER}:warm_up"
+            self.settings.cluster,
+            n_workers=self.settings.workers,
+            warm_up=f"{WORKER}:warm_up",
+            warm_payload={"site": str(site.root)},
         )
         self.store = JobStore(db)
         self.state = PromptState(

@@ -8,14 +8,21 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cumbre.core.errors import ConflictError, NotFoundError, NoWorkFoundError, UnprocessableDataError
+from cumbre.core.errors import (
+    ConflictError,
+    CumbreError,
+    NotFoundError,
+    NoWorkFoundError,
+    UnprocessableDataError,
+)
 from cumbre.core.instrument import Detector, Instrument, load_instrument
 from cumbre.core.time import Clock, mjd_from_seconds
-from cumbre.orchestration.inputs import Field, InputLoader, Inputs
+from cumbre.orchestration.inputs import Field, InputLoader, Inputs, read_index
 
 if TYPE_CHECKING:
     from cumbre.catalogs.level1 import Level1
@@ -43,12 +50,46 @@ def _level1(dsn: str, site: str) -> Level1:
 
 def warm_up(payload: dict[str, Any]) -> dict[str, Any]:
     """Import and compile what the first image would wait for."""
-    del payload
     from cumbre.payloads import alert_production
 
     begun = time.monotonic()
     alert_production.warm_up()
+    if payload.get("site"):
+        try:
+            _rehearse(Path(payload["site"]))
+        except CumbreError as error:
+            log.warning("warm-up on the site's own template: %s", error)
     return {"wall_s": time.monotonic() - begun}
+
+
+def _rehearse(site: Path) -> None:
+    """Run the payload on the site's first template and a noisy copy of it with new stars.
+
+    A real field goes through branches that an artificial one does not; what is compiled there is compiled now.
+    """
+    import numpy as np
+
+    from cumbre.payloads.alert_production import produce
+    from cumbre.payloads.exposure_file import load_exposure
+
+    index = site / "archive" / "templates" / "index.json"
+    if not index.exists():
+        return
+    template = load_exposure(index.parent / read_index(index)[0]["path"])
+    rng = np.random.default_rng(1)
+    noise = np.sqrt(np.clip(np.nan_to_num(template.variance), 1.0, 1e8)).astype(np.float32)
+    image = template.image + noise * rng.standard_normal(template.shape, dtype=np.float32)
+    ny, nx = template.shape
+    for y, x in rng.uniform(0.1, 0.9, (8, 2)) * (ny, nx):
+        image[int(y) - 1 : int(y) + 2, int(x) - 1 : int(x) + 2] += 100.0 * noise[int(y), int(x)]
+    science = replace(
+        template,
+        image=image,
+        variance=template.variance + noise**2,
+        mask=template.mask.copy(),
+        metadata=template.metadata | {"exposure_id": 1, "detector": 0, "mjd_mid_tai": 60000.0},
+    )
+    produce(science, None, template, None)
 
 
 def preload(payload: dict[str, Any]) -> dict[str, Any]:
