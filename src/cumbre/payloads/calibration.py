@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -66,6 +64,8 @@ class Calibrations:
         """Write one FITS file, HDUs BIAS, DARK, FLAT, DEFECTS as far as there are any; atomic."""
         import fitsio
 
+        from cumbre.stores.files import write_atomic
+
         header = [{"name": key.upper()[:8], "value": value} for key, value in self.metadata.items()]
         with fitsio.FITS("mem://", "rw") as fits:
             fits.write(None, header=header)
@@ -75,7 +75,7 @@ class Calibrations:
                     fits.write(plane.astype(np.uint8) if name == "DEFECTS" else plane, extname=name)
                     fits[-1].write_checksum()
             content = bytes(fits.read_raw())
-        _write_whole(Path(path), content)
+        write_atomic(Path(path), content)
 
     @classmethod
     def load(cls, path: str | Path) -> Calibrations:
@@ -115,22 +115,6 @@ class Calibrations:
     def for_flat(self, flat: FloatImage | None) -> Calibrations:
         """The same with another flat (one bias serves all filters)."""
         return replace(self, flat=flat)
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write beside the target and rename, so that a reader sees the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # payloads may not use the stores room; this is all they need of it
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as stream:
-        try:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-            Path(stream.name).chmod(0o644)
-            Path(stream.name).replace(path)
-        except BaseException:
-            Path(stream.name).unlink(missing_ok=True)
-            raise
 
 
 @njit(cache=True)
