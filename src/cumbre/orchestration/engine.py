@@ -126,6 +126,8 @@ class DaskEngine:
         import dask
         from distributed import Client, LocalCluster
 
+        for name in [n for n in logging.root.manager.loggerDict if n.split(".")[0] == "distributed"]:
+            logging.getLogger(name).setLevel(logging.WARNING)  # importing Dask set them to INFO
         # A lost worker is our matter: each loss is an attempt in the jobs table, none is repeated silently.
         dask.config.set(
             {
