@@ -18,7 +18,9 @@ CUMBRE = Path(sys.executable).parent / "cumbre"
 
 
 def run(*words, **options):
-    return subprocess.run([CUMBRE, *map(str, words)], capture_output=True, text=True, timeout=120, check=False, **options)
+    return subprocess.run(
+        [CUMBRE, *map(str, words)], capture_output=True, text=True, timeout=120, check=False, **options
+    )
 
 
 @pytest.mark.parametrize("verb", VERBS)

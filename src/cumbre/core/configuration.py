@@ -132,10 +132,12 @@ class SiteConfig(_Model):
     retention: Annotated[Retention, Field(description="How long caches keep.")] = Retention()
     simulator: Annotated[Simulator | None, Field(description="Simulated sky; null at a real one.")] = None
     web: Annotated[Web, Field(description="Pages and APIs.")] = Web()
-    roles: Annotated[list[str] | None, Field(description="Services to run on this machine; null = all.")] = None
-    profile: Annotated[Literal["one-machine", "summit", "base", "archive"], Field(description="Roles here.")] = (
-        "one-machine"
+    roles: Annotated[list[str] | None, Field(description="Services to run on this machine; null = all.")] = (
+        None
     )
+    profile: Annotated[
+        Literal["one-machine", "summit", "base", "archive"], Field(description="Roles here.")
+    ] = "one-machine"
 
     @model_validator(mode="after")
     def _links_join_places(self) -> SiteConfig:

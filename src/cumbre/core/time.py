@@ -124,9 +124,7 @@ class Clock:
     def save(self, path: Path) -> None:
         """Write atomically for the other processes."""
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(
-            json.dumps({"tai0_s": self.tai0_s, "mono0_s": self.mono0_s, "rate": self.rate})
-        )
+        temporary.write_text(json.dumps({"tai0_s": self.tai0_s, "mono0_s": self.mono0_s, "rate": self.rate}))
         temporary.replace(path)
 
     def now_tai_s(self) -> float:

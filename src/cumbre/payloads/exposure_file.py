@@ -35,7 +35,7 @@ def save_exposure(exposure: Exposure, path: str | Path) -> None:
         "metrics": {k: float(v) for k, v in exposure.metrics.items()},
         "is_background_subtracted": exposure.is_background_subtracted,
     }
-    header = [{"name": "FORMAT", "value": FORMAT}]
+    header: list[dict[str, Any]] = [{"name": "FORMAT", "value": FORMAT}]
     if math.isfinite(exposure.zero_point):
         header.append(
             {"name": "MAGZERO", "value": float(exposure.zero_point), "comment": "AB mag of 1 electron"}
