@@ -8,13 +8,9 @@ process, so the memory told is that of processing alone. All libraries have one 
 
 from __future__ import annotations
 
-import os
-
-for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
-    os.environ[variable] = "1"
-
 import argparse
 import json
+import os
 import resource
 import signal
 import sys
@@ -28,12 +24,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from cumbre.core.configuration import Site
 from cumbre.core.instrument import Instrument, instrument_from_mapping
 from cumbre.core.time import SECONDS_PER_DAY, isot
 from cumbre.simulator.exposure import ExposureRequest
 
 LIMIT_S = 120
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 DETECTOR = "R00_S00"
 NESTED = {"kernel match", "subtract", "detect, measure, classify"}
 """Rows that are parts of the row before them."""
@@ -236,6 +232,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
+    os.environ |= dict.fromkeys(THREADS, "1")  # before anything imports a numerical library
     signal.alarm(LIMIT_S)  # the end of this process if something hangs
     with tempfile.TemporaryDirectory(prefix="cumbre-bench-") as folder:
         root = Path(folder) / "site"
