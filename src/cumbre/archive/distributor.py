@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ANNOUNCED = "announced"
+TAPED = "taped"
+"""On tape, and the ledger was told: a process killed between the two tells it when it comes back."""
 UNUSABLE = "unusable"
 TAPE_BATCH = 8
 
@@ -145,9 +147,9 @@ class Distributor:
     # tape
 
     def _queue_for_tape(self, parcel: Parcel, path: Path) -> None:
-        if self._tape is None or parcel.key in self._tape or parcel.key in self._on_way:
+        if self._tape is None or parcel.key in self._on_way:
             return
-        if self._journal.has(parcel.key, UNUSABLE):
+        if self._journal.has(parcel.key, TAPED) or self._journal.has(parcel.key, UNUSABLE):
             return
         self._on_way.add(parcel.key)
         self._to_tape.append((parcel, path))
@@ -157,7 +159,7 @@ class Distributor:
         if self._tape is None or not self._to_tape:
             return 0
         batch = [self._to_tape.popleft() for _ in range(min(TAPE_BATCH, len(self._to_tape)))]
-        hops = []
+        hops, done = [], list[str]()
         try:
             for parcel, path in batch:
                 try:
@@ -167,14 +169,17 @@ class Distributor:
                     self._journal.note(parcel.key, UNUSABLE)
                     hops += self._tape_hops(parcel, "", outcome=error.outcome, message=str(error))
                     continue
-                if entry is not None:
-                    hops += self._tape_hops(parcel, f"{entry.volume}@{entry.offset}")
+                entry = entry or self._tape.entry(parcel.key)
+                hops += self._tape_hops(parcel, f"{entry.volume}@{entry.offset}")
+                done.append(parcel.key)
             self._tape.sync()
         except OSError:
             # Tape full or broken: nothing is forgotten, the whole batch comes again after the loop's pause.
             self._to_tape.extendleft(reversed(batch))
             raise
         publish_hops(self._bus, hops)
+        for key in done:
+            self._journal.note(key, TAPED)
         self._on_way.difference_update(parcel.key for parcel, _ in batch)
         return len(batch)
 
@@ -193,7 +198,12 @@ class Distributor:
         """Find files in the raw cache whose hop or tape copy is missing."""
         for key in raw_files(self._raw):
             text = str(key)
-            taped = self._tape is None or text in self._tape or text in self._on_way
+            taped = (
+                self._tape is None
+                or text in self._on_way
+                or self._journal.has(text, TAPED)
+                or self._journal.has(text, UNUSABLE)
+            )
             if taped and self._journal.has(text, ANNOUNCED):
                 continue
             path = self._raw / text
