@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import random
 import sqlite3
 import threading
@@ -24,6 +25,8 @@ from cumbre.bus.messages import Message
 from cumbre.bus.topics import Topic, TopicCatalog
 from cumbre.core.errors import CumbreError, FatalError, TransientError, UserError
 from cumbre.core.time import Clock
+
+log = logging.getLogger(__name__)
 
 BUSY_TIMEOUT_S = 30.0
 POLL_MIN_S, POLL_MAX_S = 0.002, 0.025
@@ -91,9 +94,31 @@ def _encode(fields: dict[str, Any]) -> str:
     return json.dumps(fields, separators=(",", ":"), default=lambda raw: base64.b64encode(raw).decode())
 
 
+_JSON_TYPES: dict[str, tuple[type, ...]] = {
+    "boolean": (bool,), "int": (int,), "long": (int,), "float": (float, int), "double": (float, int),
+    "string": (str,), "bytes": (str,),
+}  # fmt: skip
+
+
 def _decode(topic: Topic, text: str) -> dict[str, Any]:
+    """Fields of a stored row.
+
+    Raises
+    ------
+    ValueError
+        Not what a bus writes: a damaged line, or another program's.
+    """
     fields: dict[str, Any] = json.loads(text)
+    if not isinstance(fields, dict):
+        raise ValueError(f"expected an object, found {type(fields).__name__}")
     for name, field in topic.fields.items():
+        if name in fields:
+            value = fields[name]
+            whole = isinstance(value, list if field.is_list else _JSON_TYPES[field.scalar])
+            if not whole or (
+                field.is_list and not all(isinstance(v, _JSON_TYPES[field.scalar]) for v in value)
+            ):
+                raise ValueError(f"{name} = {str(value)[:80]!r}: expected {field.type}")
         if field.scalar == "bytes" and name in fields:
             raw = fields[name]
             fields[name] = [base64.b64decode(one) for one in raw] if field.is_list else base64.b64decode(raw)
@@ -204,13 +229,19 @@ class SqliteBus(Bus):
         return offsets
 
     def _message(self, row: Any) -> Message | None:
-        """Message of a row; None for topics that this version does not know."""
+        """Message of a row; None for topics that this version does not know and for damaged rows."""
         offset, name, kind, index, key, snd_tai, snd_utc, seq_num, identity, origin, fields, payload = row
         if name not in self.topics:
             self.unknown_fields[name, ""] += 1
             return None
         topic = self.topics[name]
-        known = self._known_fields(topic, _decode(topic, fields))
+        try:
+            known = self._known_fields(topic, _decode(topic, fields))
+        except (ValueError, TypeError) as error:
+            # one bad message never stops the next; it stays in the log for who wants to look
+            self.unknown_fields[name, ""] += 1
+            log.error("topic %s, offset %d: skipped: %s", name, offset, error)
+            return None
         return Message(
             name, kind, index, known, snd_tai, snd_utc, seq_num, identity, origin, offset, payload or b"", key
         )

@@ -37,11 +37,23 @@ class Hop:
 
 
 @dataclass(frozen=True, slots=True)
+class GivenUp:
+    """One row of ``ledger.visit_without_image``: an announced visit's detector for which no image came."""
+
+    group_id: str
+    detector: int
+    outcome: str
+    message: str
+    told_tai: float
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
-    """What one message adds: columns of its image (``None`` = not known) and hops."""
+    """What one message adds: columns of its image (``None`` = not known; empty = no image) and hops."""
 
     image: dict[str, Any]
     hops: list[Hop] = field(default_factory=list)
+    given_up: list[GivenUp] = field(default_factory=list)
 
 
 class Instruments:
@@ -70,6 +82,8 @@ def entry_of(message: Message, recv_tai: float, instruments: Instruments) -> Ent
     """
     if message.topic == "Image.hop":
         return _from_hop(message.fields, recv_tai)
+    if message.topic == "Prompt.detectorProcessed":
+        return _from_prompt(message)
     return _from_camera(message, recv_tai, instruments)
 
 
@@ -93,6 +107,18 @@ def _from_hop(fields: Mapping[str, Any], recv_tai: float) -> Entry:
     image = _identity(obs_id, int(fields["exposureId"]))
     image |= {"instrument": _text(fields["instrument"]), "group_id": _text(fields["groupId"])}
     return Entry(image, [hop])
+
+
+def _from_prompt(message: Message) -> Entry:
+    """Only what no image tells: its hops come from the prompt service beside this event."""
+    fields = message.fields
+    if fields["obsId"] or not fields["groupId"]:
+        return Entry({})
+    row = GivenUp(
+        _text(fields["groupId"]), int(fields["detector"]), _text(fields["outcome"]), _text(fields["message"]),
+        message.snd_tai,
+    )  # fmt: skip
+    return Entry({}, given_up=[row])
 
 
 def _from_camera(message: Message, recv_tai: float, instruments: Instruments) -> Entry:
@@ -123,9 +149,11 @@ def _from_camera(message: Message, recv_tai: float, instruments: Instruments) ->
 
 
 def _numbered(names: list[str], instrument: Instrument | None) -> list[tuple[int, str]]:
+    """Numbers of the detectors that the instrument has; what happened to others is told by the writer."""
     if instrument is None:
         raise UnprocessableDataError("an instrument that site.yaml does not list: its detectors are unknown")
-    return [(instrument.detector(name).id, name) for name in names]
+    known = {detector.name: detector.id for detector in instrument.detectors}
+    return [(known[name], name) for name in names if name in known]
 
 
 def _camera_hop(

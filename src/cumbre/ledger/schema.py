@@ -98,6 +98,16 @@ STEPS = (
         GROUP BY obs_id, detector
     ) h USING (obs_id);
     """,  # noqa: S608 (the words are ours)
+    """
+    CREATE TABLE ledger.visit_without_image (
+        group_id text NOT NULL,
+        detector int NOT NULL,
+        outcome text NOT NULL,
+        message text NOT NULL DEFAULT '',
+        told_tai float8 NOT NULL,
+        PRIMARY KEY (group_id, detector)
+    );
+    """,
 )
 
 

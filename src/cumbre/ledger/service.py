@@ -22,12 +22,17 @@ TOPICS = (
     "Camera.startIntegration",
     "Camera.endReadout",
     "Camera.endOfImageTelemetry",
+    "Prompt.detectorProcessed",
 )
 _IMAGE = (
     "obs_id", "instrument", "exposure_id", "group_id", "day_obs", "seq_num", "image_type", "band", "filter",
     "exposure_s", "ra", "dec", "rotation", "program", "begin_tai", "end_tai", "expected_detectors",
 )  # fmt: skip
 _HOP = tuple(item.name for item in fields(Hop))
+_INSERT_GIVEN_UP = (
+    "INSERT INTO ledger.visit_without_image (group_id, detector, outcome, message, told_tai) "
+    "VALUES (%s, %s, %s, %s, %s) ON CONFLICT DO NOTHING"
+)
 _HISTORY = tuple(name for name in _HOP if name != "detector_name")
 
 
@@ -151,6 +156,8 @@ class LedgerService:
                 cursor.executemany(_UPSERT_HOP, [astuple(hop) for hop in hops])
                 history = [tuple(getattr(hop, name) for name in _HISTORY) for hop in hops]
                 cursor.executemany(_INSERT_HISTORY, history)
+            if given_up := [row for entry in entries for row in entry.given_up]:
+                cursor.executemany(_INSERT_GIVEN_UP, [astuple(row) for row in given_up])
             if bad:
                 self._set_aside(link, bad)
 
@@ -170,6 +177,8 @@ def _merged(entries: list[Entry]) -> list[dict[str, Any]]:
     """One row an image: many hops of a batch speak of the same one."""
     merged: dict[str, dict[str, Any]] = {}
     for entry in entries:
+        if not entry.image:
+            continue
         known = merged.setdefault(entry.image["obs_id"], {})
         known.update({key: value for key, value in entry.image.items() if value not in (None, "")})
     return [merged[obs_id] for obs_id in sorted(merged)]

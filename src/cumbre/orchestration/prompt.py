@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from cumbre.bus import Bus, Message
 from cumbre.core.configuration import Site
 from cumbre.core.errors import UnprocessableDataError, UserError
+from cumbre.core.ids import ObsId
 from cumbre.core.instrument import Instrument, load_instrument
 from cumbre.core.time import Clock
 from cumbre.observatory.visits import AnnouncedVisit
@@ -184,6 +185,13 @@ class PromptService:
                 case DropPreload(group_id, detector):
                     self.manager.cancel(_preload_id(group_id, detector))
                 case GiveUp(visit, detector, obs_id, reason):
+                    if obs_id:
+                        self._tell_hop(
+                            self._expected(visit, detector, obs_id),
+                            "at_archive",
+                            outcome=DEADLINE,
+                            message=reason,
+                        )
                     self._tell_detector(
                         {"obsId": obs_id, "groupId": visit.group_id, "detector": detector},
                         outcome=DEADLINE,
@@ -193,6 +201,12 @@ class PromptService:
                     self._tell_hop(image, "processed", outcome="UnprocessableData", message=reason)
         if jobs:
             self.manager.submit_all(jobs)
+
+    def _expected(self, visit: AnnouncedVisit, detector: int, obs_id: str) -> DetectorImage:
+        """The image that did not come, so that the ledger can name it."""
+        name = self._instruments[visit.instrument][1].detector(detector).name
+        number = ObsId.parse(obs_id).exposure_id
+        return DetectorImage(obs_id, visit.instrument, number, visit.group_id, detector, name, "", 0.0)
 
     def _common(self, instrument: str) -> dict[str, Any]:
         where, _ = self._instruments[instrument]
