@@ -101,14 +101,14 @@ def measure(
 
 def _positions(curves: LightCurves, first: dict[str, Any], instrument: Instrument) -> tuple[Floats, Floats]:
     """Sky positions by the header of the first frame: later ones have drifted, and their headers do not say so."""
-    pointing = [
-        float(first.get(key) if first.get(key) is not None else math.nan) for key in ("ra_deg", "dec_deg")
-    ]
-    if not np.isfinite(pointing).all():
+    ra_deg, dec_deg = (
+        math.nan if first.get(key) is None else float(first[key]) for key in ("ra_deg", "dec_deg")
+    )
+    if not math.isfinite(ra_deg + dec_deg):
         raise UnprocessableDataError(f"{first.get('raw_path')}: no pointing (ra, dec) in the header")
     turn = float(first.get("rotpa_deg") or 0.0)
     turn = turn if math.isfinite(turn) else 0.0
-    header = approximate_wcs(instrument, instrument.detector(int(first["detector"])), *pointing, turn)
+    header = approximate_wcs(instrument, instrument.detector(int(first["detector"])), ra_deg, dec_deg, turn)
     x, y = curves.transforms[0].inverse()(curves.x, curves.y)
     ra, dec = PlaneWcs.from_header(header).pix2sky(x, y)
     return np.asarray(ra, np.float64), np.asarray(dec, np.float64)
@@ -332,6 +332,8 @@ def _picture(series: Series, choice: Choice, transit: Transit, report: dict[str,
             color=SOFT,
             label=f"comparison star, shifted by {-shift:.3f}",
         )
+    low_end, high_end = top.get_ylim()
+    top.set_ylim(low_end, high_end + 0.22 * (high_end - low_end))  # room for the legend
     top.set_ylabel("relative light")
     top.legend(loc="upper right", fontsize=7, facecolor="#1b222c", labelcolor=INK, edgecolor="#33404f")
     style(low, "", grid=True)
