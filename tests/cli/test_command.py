@@ -13,6 +13,7 @@ from cumbre.cli.main import VERBS
 from cumbre.core.errors import UserError
 from cumbre.site.night import Fault, parse_faults
 from cumbre.site.profiles import create_site
+from cumbre.site.roles import roles_of
 
 CUMBRE = Path(sys.executable).parent / "cumbre"
 
@@ -70,6 +71,9 @@ def test_faults_are_read_and_drawn_from_the_seed(tmp_path):
     assert parse_faults("kill:writer@0.5", site, 1) == [Fault("kill", "writer", 0.5)]
     assert parse_faults("random", site, 4) == parse_faults("random", site, 4)
     assert len(parse_faults("random,down:base-archive", site, 4)) == 5
+    each = parse_faults("each", site, 4)
+    assert {fault.target for fault in each} == {*roles_of(site), "postgres", "worker"}
+    assert all(0 < fault.at < 1 for fault in each)
     for wrong in ("kill:cook", "explode:writer", "kill:writer@noon"):
         with pytest.raises(UserError, match="expected"):
             parse_faults(wrong, site, 1)

@@ -76,6 +76,8 @@ class PromptService:
     """
 
     name = "prompt"
+    survives_faults = True
+    """What was taken from the bus and not yet done stays pending: the runner need not make it anew."""
 
     def __init__(
         self, *, site: Site, bus: Bus, clock: Clock, db: Database, engine: ComputeEngine | None = None
@@ -99,6 +101,8 @@ class PromptService:
             },
         )
         self._subscription = bus.subscribe(TOPICS, start="now", consumer=self.name)
+        self._pending: list[Instruction] = []
+        self._uncommitted = False
         self._restore()
         self.manager = JobManager(self.store, self.engine, clock, owner=self.name)
         for kind in (PRELOAD, PROCESS):
@@ -145,17 +149,21 @@ class PromptService:
     def _take_in(self, timeout_s: float) -> int:
         messages = self._subscription.poll(timeout_s=timeout_s)
         now = self.clock.now_tai_s()
-        instructions: list[Instruction] = []
         for message in messages:
             try:
-                instructions += self._understand(message, now)
+                self._pending += self._understand(message, now)
             except UnprocessableDataError as error:
                 log.warning("%s ignored: %s", message.topic, error)
-        instructions += self.state.tick(now)
-        self._follow(instructions)
-        if messages:
+        self._pending += self.state.tick(now)
+        self._uncommitted = self._uncommitted or bool(messages)
+        # With the database away this raises: what was understood stays pending, nothing is committed, and
+        # the next step tries again. Jobs have names, so trying twice makes none twice.
+        self._follow(self._pending)
+        handled, self._pending = len(self._pending), []
+        if self._uncommitted:
             self._subscription.commit()
-        return len(instructions)
+            self._uncommitted = False
+        return handled
 
     def _understand(self, message: Message, now_tai: float) -> list[Instruction]:
         fields = message.fields
@@ -188,7 +196,7 @@ class PromptService:
                     if obs_id:
                         self._tell_hop(
                             self._expected(visit, detector, obs_id),
-                            "at_archive",
+                            "processed",
                             outcome=DEADLINE,
                             message=reason,
                         )

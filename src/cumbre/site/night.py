@@ -74,7 +74,9 @@ class NightState:
 
 
 def parse_faults(text: str, site: Site, seed: int) -> list[Fault]:
-    """Read ``kill:writer@0.4,down:base-archive,random``; without ``@`` the moment is drawn from the seed.
+    """Read ``kill:writer@0.4,down:base-archive,random,each``; without ``@`` the moment is drawn from the seed.
+
+    ``random`` is three kills and one outage; ``each`` kills every service once.
 
     Raises
     ------
@@ -86,6 +88,11 @@ def parse_faults(text: str, site: Site, seed: int) -> list[Fault]:
     chance = random.Random(seed)
     out = []
     for word in filter(None, (part.strip() for part in text.split(","))):
+        if word == "each":
+            # Every service once, evenly over the night, in an order drawn from the seed.
+            victims = chance.sample([*roles, "postgres", "worker"], len(roles) + 2)
+            out += [Fault("kill", name, (i + 0.5) / len(victims)) for i, name in enumerate(victims)]
+            continue
         if word == "random":
             for _ in range(3):
                 out.append(Fault("kill", chance.choice(roles), chance.uniform(0.15, 0.85)))
@@ -96,7 +103,7 @@ def parse_faults(text: str, site: Site, seed: int) -> list[Fault]:
         known = {"kill": [*roles, "postgres", "worker"], "down": links}.get(kind)
         if known is None or target not in known:
             raise UserError(
-                f"fault {word!r}: expected random, kill:SERVICE or down:LINK, optionally @0.0 to @1.0; "
+                f"fault {word!r}: expected random, each, kill:SERVICE or down:LINK, optionally @0.0 to @1.0; "
                 f"services: {', '.join(roles)}, postgres, worker; links: {', '.join(links)}"
             )
         try:

@@ -15,8 +15,10 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
+from cumbre.bus import Bus
 from cumbre.core.configuration import Site
 from cumbre.core.errors import FatalError
 from cumbre.site.roles import Service, build, open_site_bus, open_site_clock
@@ -26,6 +28,8 @@ log = logging.getLogger("cumbre")
 STEP_S = 0.5
 HEARTBEAT_S = 1.0
 MAX_PAUSE_S = 5.0
+ENABLED, FAULT, OFFLINE = 2, 3, 4
+"""CSC summary states."""
 PARENT_VARIABLE = "CUMBRE_SUPERVISOR"
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
@@ -70,32 +74,54 @@ def _heartbeats(site: Site, name: str, stop: threading.Event) -> None:
             bus.publish("Service.heartbeat", {"name": name, "pid": os.getpid(), "heartbeat": beats})
 
 
-def _report(bus: object, name: str, state: int, message: str) -> None:
+def _report(bus: Bus, name: str, state: int, message: str) -> None:
     with contextlib.suppress(Exception):
-        bus.publish(  # type: ignore[attr-defined]
+        bus.publish(
             "Service.summaryState",
             {"name": name, "summaryState": state, "pid": os.getpid(), "message": message},
         )
 
 
-def loop(service: Service, bus: object, stop: threading.Event, name: str) -> None:
-    """Call ``step`` until told to stop."""
+def loop(make: Callable[[], Service], bus: Bus, stop: threading.Event, name: str) -> None:
+    """Call ``step`` until told to stop.
+
+    A step that raises may have taken messages that it did not finish. The service is therefore made anew and
+    resumes from durable state, as after a kill, unless it keeps what it took (``survives_faults``).
+    """
+    service: Service | None = make()
+    _report(bus, name, ENABLED, "enabled")
+    log.info("started, pid %d", os.getpid())
     faults = 0
-    while not stop.is_set():
-        try:
-            service.step(STEP_S)
-            faults = 0
-        except FatalError:
-            raise
-        except Exception as error:
-            faults += 1
-            log.exception("step failed (%d in a row)", faults)
-            with contextlib.suppress(Exception):
-                bus.publish(  # type: ignore[attr-defined]
-                    "Service.logMessage",
-                    {"name": name, "level": 40, "message": str(error), "traceback": traceback.format_exc()},
-                )
-            stop.wait(min(0.1 * 2**faults, MAX_PAUSE_S))
+    try:
+        while not stop.is_set():
+            try:
+                if service is None:
+                    service = make()
+                service.step(STEP_S)
+                faults = 0
+            except FatalError:
+                raise
+            except Exception as error:
+                faults += 1
+                log.exception("step failed (%d in a row)", faults)
+                with contextlib.suppress(Exception):
+                    bus.publish(
+                        "Service.logMessage",
+                        {
+                            "name": name,
+                            "level": 40,
+                            "message": str(error),
+                            "traceback": traceback.format_exc(),
+                        },
+                    )
+                if service is not None and not getattr(service, "survives_faults", False):
+                    with contextlib.suppress(Exception):
+                        service.close()
+                    service = None
+                stop.wait(min(0.1 * 2**faults, MAX_PAUSE_S))
+    finally:
+        if service is not None:
+            service.close()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -110,21 +136,17 @@ def main(argv: list[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     bus = open_site_bus(site, name)
-    service = build(name, site, bus, open_site_clock(site))
-    log.info("started, pid %d", os.getpid())
-    _report(bus, name, 2, "enabled")
     threading.Thread(target=_heartbeats, args=(site, name, stop), daemon=True).start()
     code = 0
     try:
-        loop(service, bus, stop, name)
+        loop(lambda: build(name, site, bus, open_site_clock(site)), bus, stop, name)
     except FatalError as error:
         log.critical("%s", error)
-        _report(bus, name, 3, str(error))
+        _report(bus, name, FAULT, str(error))
         code = 1
     finally:
         stop.set()
-        service.close()
-    _report(bus, name, 4 if code == 0 else 3, "stopped")
+    _report(bus, name, OFFLINE if code == 0 else FAULT, "stopped")
     log.info("stopped")
     return code
 

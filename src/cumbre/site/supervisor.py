@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -252,10 +251,6 @@ def alive(pid: int) -> bool:
         return False
 
 
-_detached: list[subprocess.Popen[bytes]] = []
-"""Supervisors started here; they outlive us on purpose, so nobody waits for them."""
-
-
 def start_detached(site: Site, *, wait_s: float = 60.0) -> dict[str, Any]:
     """Start a supervisor that outlives this process and wait until every service was started.
 
@@ -270,22 +265,24 @@ def start_detached(site: Site, *, wait_s: float = 60.0) -> dict[str, Any]:
         raise ConflictError(f"{site.root}: the site is up already; see: cumbre status --site {site.root}")
     (site.root / "logs").mkdir(parents=True, exist_ok=True)
     path = site.root / "logs" / "supervisor.log"
-    with path.open("ab") as logfile:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "cumbre.site.supervisor", str(site.root)],
-            stdin=subprocess.DEVNULL,
-            stdout=logfile,
-            stderr=logfile,
-            start_new_session=True,
-            env=os.environ | THREADS,
-        )
-    _detached.append(process)
+    # A session of its own and no parent that waits: it outlives us on purpose.
+    pid = os.posix_spawn(
+        sys.executable,
+        [sys.executable, "-m", "cumbre.site.supervisor", str(site.root)],
+        os.environ | THREADS,
+        file_actions=[
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 1, str(path), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644),
+            (os.POSIX_SPAWN_DUP2, 1, 2),
+        ],
+        setsid=True,
+    )
     deadline = time.monotonic() + wait_s
     while time.monotonic() < deadline:
         state = read_state(site)
         if state is not None and all(s["state"] == "running" for s in state["services"]):
             return state
-        if process.poll() is not None:
+        if os.waitpid(pid, os.WNOHANG)[0] == pid:
             break
         time.sleep(0.1)
     tail = "\n".join(path.read_text(errors="replace").splitlines()[-8:])
