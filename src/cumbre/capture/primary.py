@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +48,11 @@ _CAMERA_SAYS: tuple[tuple[str, tuple[str, ...], Callable[[Any], Any]], ...] = (
 )
 
 
+def _is_card_value(value: Any) -> bool:
+    """FITS has no NaN and no infinity: such a value is as good as absent."""
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 def completed_header(header: Header | None, image: DaqImage) -> Header:
     """A header with what the camera's record can add where the header service had nothing.
 
@@ -77,9 +83,11 @@ def completed_header(header: Header | None, image: DaqImage) -> Header:
         value = next((image.info[key] for key in keys if image.info.get(key) not in (None, "")), None)
         if value is not None:
             try:
-                known.append((name, convert(value)))
-            except (TypeError, ValueError):
+                converted = convert(value)
+            except (TypeError, ValueError, OverflowError):
                 continue
+            if _is_card_value(converted):
+                known.append((name, converted))
     for name, value in known:
         if name not in keywords:
             keywords[name] = [value, "from the camera's record"]
@@ -96,6 +104,7 @@ def primary_cards(header: Header, detector: Detector, source_sha256: str) -> lis
     cards: list[Card] = [
         {"name": name, "value": value, "comment": comment}
         for name, (value, comment) in header["keywords"].items()
+        if _is_card_value(value)
     ]
     return [
         *cards,

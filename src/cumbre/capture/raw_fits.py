@@ -9,7 +9,7 @@ import fitsio
 import numpy as np
 
 from cumbre.capture.daq import RawArray, raw_shape
-from cumbre.core.errors import BadFileError
+from cumbre.core.errors import BadFileError, UnprocessableDataError
 from cumbre.core.instrument import Box, Detector
 
 SOURCE_KEYWORD = "DAQSUM"
@@ -65,7 +65,20 @@ def raw_fits_bytes(detector: Detector, array: RawArray, primary: list[Card]) -> 
     -------
     bytes
         FITS with RICE tile compression (lossless) and CHECKSUM and DATASUM in every HDU.
+
+    Raises
+    ------
+    UnprocessableDataError
+        A card or an array that FITS cannot hold.
     """
+    try:
+        return _in_memory(detector, array, primary)
+    except OSError as error:
+        # cfitsio says so of everything; nothing here touches a disk, so trying again would not help
+        raise UnprocessableDataError(f"{detector.name}: cannot be written as FITS: {error}") from error
+
+
+def _in_memory(detector: Detector, array: RawArray, primary: list[Card]) -> bytes:
     with fitsio.FITS("mem://", "rw") as fits:
         fits.write(None, header=primary)
         fits[0].write_checksum()

@@ -6,6 +6,7 @@ These functions take and give plain data, run in worker processes, and publish n
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import OrderedDict
 from dataclasses import replace
@@ -154,6 +155,10 @@ def process(payload: dict[str, Any]) -> dict[str, Any]:
     if level1.is_stored(image["exposure_id"], detector.id):
         return {"message": "stored by an earlier try", "is_repeat": True}
     raw = _read(image, instrument, detector)
+    if not (_is_number(raw.metadata.ra_deg) and _is_number(raw.metadata.dec_deg)):
+        raise UnprocessableDataError(
+            f"{image['path']}: no position in the header (RA, DEC); calibrate it without the prompt pipeline"
+        )
     field = Field.predict(
         instrument, detector, raw.metadata.ra_deg, raw.metadata.dec_deg, rotation=raw.metadata.rotpa_deg
     )
@@ -185,6 +190,10 @@ def process(payload: dict[str, Any]) -> dict[str, Any]:
         "preload": preloaded,
         "wall_s": made.wall_s | {"all": round(wall, 4)},
     }
+
+
+def _is_number(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def _produce(

@@ -215,7 +215,7 @@ class IngestService:
             return [(IN_OODS, self._in_oods(item, status, f"try {item.attempt}: {message}"))]
         known = error if isinstance(error, CumbreError) else CumbreError(message)
         path = Path(item.path)
-        quarantine(
+        kept = quarantine(
             self._quarantine,
             f"{item.obs_id}_{item.detector_name}.fits",
             path if path.is_file() else b"",
@@ -226,7 +226,10 @@ class IngestService:
         return [
             (IN_OODS, self._in_oods(item, status, message)),
             (HOP_TOPIC, self._hop_fields(item, self._hop, outcome=outcome, message=message)),
-            (HOP_TOPIC, self._hop_fields(item, "quarantined", outcome=outcome, message=message)),
+            (
+                HOP_TOPIC,
+                self._hop_fields(item, "quarantined", outcome=outcome, message=message) | {"path": str(kept)},
+            ),
         ]
 
     def _hop_fields(self, item: Item, hop: str, *, outcome: str = "ok", message: str = "") -> dict[str, Any]:
