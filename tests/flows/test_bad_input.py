@@ -388,7 +388,7 @@ def test_detector_listed_but_missing(night):
 
 
 def test_announced_detector_that_never_came_is_told(night):
-    row = night.hop(MISSING, "at_archive", 2)
+    row = night.hop(MISSING, "processed", 2)
     assert row["outcome"] == "Deadline"
     assert "no image at the archive" in row["message"]
 
