@@ -136,10 +136,19 @@ def find_stars(exposure: Exposure, *, threshold: float = 6.0) -> Stars:
     )
 
 
-def measure_psf(exposure: Exposure, stars: Stars) -> PsfModel:
-    """The exposure's own PSF, or one fitted to its stars, or a Gaussian when there are too few."""
+def measure_psf(exposure: Exposure, stars: Stars, known: Exposure | None = None) -> PsfModel:
+    """The exposure's own PSF, or one fitted to its stars, or a Gaussian when there are too few.
+
+    Parameters
+    ----------
+    known
+        Another exposure on the same pixels; where its calibration says which sources are stars only those are
+        used. In a deep image galaxies of one size can outnumber the stars.
+    """
     if isinstance(exposure.psf, PsfModel):
         return exposure.psf
+    if known is not None:
+        stars = _only_known(stars, known)
     chosen = select_psf_stars(
         stars.x, stars.y, stars.flux, stars.snr, stars.half_light, stars.elongation,
         usable=stars.is_clean, shape=exposure.shape,
@@ -155,6 +164,27 @@ def measure_psf(exposure: Exposure, stars: Stars) -> PsfModel:
     except UnprocessableDataError as error:
         logger.warning("PSF from a Gaussian of %.1f pixels: %s", guess, error)
         return gaussian_psf(guess, exposure.shape)
+
+
+def _only_known(stars: Stars, known: Exposure, *, reach: float = 1.5, least: int = 8) -> Stars:
+    """The stars that ``known`` measured its PSF on; all of them when those are too few."""
+    from scipy.spatial import cKDTree
+
+    listed = known.metadata.get("stars")
+    if (
+        not isinstance(listed, np.ndarray)
+        or "is_psf_star" not in (listed.dtype.names or ())
+        or len(stars) == 0
+    ):
+        return stars
+    listed = listed[listed["is_psf_star"]]
+    if len(listed) < least:
+        return stars
+    tree = cKDTree(np.stack([listed["x"], listed["y"]], 1))
+    near = tree.query(np.stack([stars.x, stars.y], 1))[0] < reach
+    if int((near & stars.is_clean).sum()) < least:
+        return stars
+    return Stars(*(getattr(stars, name)[near] for name in Stars.__slots__))
 
 
 def common_stars(science: Stars, template: Stars, *, reach: float = 2.0) -> NDArray[np.intp]:
@@ -206,7 +236,10 @@ def difference(science: Exposure, template: Exposure, config: DifferenceConfig |
     if coverage < 0.02:
         raise NoWorkFoundError("the template does not cover the science image")
     science_stars, template_stars = find_stars(science), find_stars(template)
-    science_psf, template_psf = measure_psf(science, science_stars), measure_psf(template, template_stars)
+    science_psf, template_psf = (
+        measure_psf(science, science_stars),
+        measure_psf(template, template_stars, science),
+    )
     is_science_convolved = science_psf.fwhm_px < 0.97 * template_psf.fwhm_px
     common = common_stars(science_stars, template_stars)
     fixed, moved = (template, science) if is_science_convolved else (science, template)

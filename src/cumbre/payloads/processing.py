@@ -7,7 +7,7 @@ calibration, ADU otherwise). ``psfFlux`` is the PSF fit on the difference; ``flu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import cv2
@@ -67,6 +67,9 @@ class DifferenceResult:
         (ny, nx) matched-filter signal-to-noise.
     metrics
         Kernel sum, condition, residual; noise; PSF widths; counts.
+    features
+        (n_sources, n_features) what the reliability was computed from, and in the last column 1 where a hard rule
+        rejects.
     """
 
     exposure: Exposure
@@ -74,6 +77,7 @@ class DifferenceResult:
     significance: NDArray[np.float32]
     difference: Difference
     metrics: dict[str, float]
+    features: NDArray[np.float64]
 
     def stamps(self, x: float, y: float, half: int = 15) -> dict[str, NDArray[np.float32]]:
         """``difference``, ``science``, ``template`` cutouts of (2·half + 1)², NaN outside the image."""
@@ -156,7 +160,11 @@ def process_pair(
         "noise_slope_negative": measurer.tails[1][1],
         "streak_fraction": float(streak.mean()),
     }
-    return DifferenceResult(exposure, sources, snr, made, metrics)
+    features = np.array([measurer.features[i] for i in sources["id"]]).reshape(
+        len(sources), len(classify.WEIGHTS) + 1
+    )
+    sources["id"] = np.arange(1, len(sources) + 1)
+    return DifferenceResult(exposure, sources, snr, made, metrics, features)
 
 
 def _independent(
@@ -188,8 +196,10 @@ class _Measurer:
         self._aperture = 1.5 * fwhm
         self._wide = 1.75 * fwhm
         self._variance = exposure.variance * np.float32(scale**2)
-        self._template = _brightest_nearby(made, fwhm)
+        self._template_here, self._template = _template_light(made, fwhm)
         self._saturated = _saturation_reach(exposure.mask, fwhm)
+        # The wider the PSF, the more a cosmic ray differs from it: there the PSF may be known less well.
+        self._core_tolerance = float(np.clip(0.03 * (fwhm / 2.2) ** 2, 0.03, 0.15))
         self._tolerance = float(np.clip(4 * made.science_psf.residual, 0.15, 0.25))
         bad = (exposure.mask & (UNUSABLE | MaskPlane.STREAK)) > 0
         radius = max(2, round(0.8 * fwhm))
@@ -198,6 +208,7 @@ class _Measurer:
         on_streak = np.abs(snr[streak])
         self._streak_level = float(np.median(on_streak[on_streak > 3])) if (on_streak > 3).any() else 0.0
         self._psf_shape: dict[int, tuple[float, float, float]] = {}
+        self.features: list[tuple[float, ...]] = []
 
     def table(self, x: NDArray[np.intp], y: NDArray[np.intp]) -> NDArray[Any]:
         rows = np.zeros(len(x), dtype=SOURCE_DTYPE)
@@ -205,12 +216,13 @@ class _Measurer:
             source = measure(
                 self._made.exposure.image, self._variance, self._mask, self._snr, self._made.psf, (px, py),
                 unusable=UNUSABLE, aperture_radius=self._aperture, profile_tolerance=self._tolerance,
+                core_tolerance=self._core_tolerance, hit_bits=int(MaskPlane.CR),
             )  # fmt: skip
+            rows[index]["id"] = index
             self._fill(rows[index], source, float(self._snr[py, px]), px, py)
         self._wide_fluxes(rows)
         rows = _without_doubles(rows, self._fwhm)
         self._direct_fluxes(rows)
-        rows["id"] = np.arange(1, len(rows) + 1)
         wcs = self._made.exposure.wcs
         rows["ra"], rows["dec"] = sky_of(wcs, rows["x"], rows["y"])
         if wcs is not None and len(rows):
@@ -260,6 +272,7 @@ class _Measurer:
             source,
             snr=abs(peak_snr),
             template_flux=float(self._template[py, px]),
+            template_here=float(self._template_here[py, px]),
             masked_light=self._masked_light(px, py),
             psf_elongation=ratio,
             psf_compactness=psf_compactness,
@@ -275,6 +288,7 @@ class _Measurer:
         # A difference that fits no PSF at its own peak (sign or place) is not a source.
         rejected |= bool(source.flux * peak_snr <= 0)
         row["reliability"] = classify.reliability(features, is_rejected=rejected)
+        self.features.append((*astuple(features), float(rejected)))
 
     def _wide_fluxes(self, rows: NDArray[Any]) -> None:
         """Position by light where the PSF does not describe the source, then the flux in the wide aperture."""
@@ -324,8 +338,8 @@ class _Measurer:
         return 1.0 / kernel_sum if self._made.is_science_convolved else kernel_sum
 
 
-def _brightest_nearby(made: Difference, fwhm: float) -> NDArray[np.float32]:
-    """PSF-like flux of the brightest template (or, where it is brighter, unchanged) light within 1.5 FWHM."""
+def _template_light(made: Difference, fwhm: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Flux of the template in a disk of one FWHM at every pixel, and the greatest such flux within 1.5 FWHM."""
     kernel_sum = made.solution.metrics["sum"]
     factor = 1.0 / kernel_sum if made.is_science_convolved else kernel_sum
     radius = max(1, round(0.5 * fwhm))
@@ -333,7 +347,7 @@ def _brightest_nearby(made: Difference, fwhm: float) -> NDArray[np.float32]:
     image = np.where(np.isfinite(made.template.image), made.template.image, 0).astype(np.float32)
     flux = cv2.filter2D(image * np.float32(factor), cv2.CV_32F, disk, borderType=cv2.BORDER_CONSTANT)
     reach = max(1, round(1.5 * fwhm))
-    return np.asarray(cv2.dilate(flux, np.ones((2 * reach + 1, 2 * reach + 1), np.uint8)))
+    return np.asarray(flux), np.asarray(cv2.dilate(flux, np.ones((2 * reach + 1, 2 * reach + 1), np.uint8)))
 
 
 def _saturation_reach(mask: NDArray[np.uint16], fwhm: float) -> NDArray[np.float32]:

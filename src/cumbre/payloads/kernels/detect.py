@@ -175,7 +175,9 @@ class Measurement:
     ``chi2`` is reduced, of the PSF fit; ``correlation`` that of stamp and PSF; ``opposite`` the part of the
     absolute flux near the source that has the other sign; ``partner`` the strongest peak of opposite sign
     nearby as a fraction of the source's own; ``elongation`` the axis ratio of the moments; ``length`` and
-    ``angle`` (degrees from +x to +y) describe a trail.
+    ``angle`` (degrees from +x to +y) describe a trail. ``core_chi2`` is reduced, of the PSF fit within one FWHM with
+    only a small error of the PSF allowed; ``peak`` the excess of the brightest pixel over the fitted PSF there, in
+    units of that PSF's maximum beyond the noise; ``hit`` the part of the PSF's light on cosmic-ray pixels.
     """
 
     x: float
@@ -198,6 +200,9 @@ class Measurement:
     is_centroid_bad: bool
     mask_bits: int
     mask_bits_centre: int
+    core_chi2: float
+    peak: float
+    hit: float
 
 
 def fit_flux(
@@ -221,6 +226,8 @@ def measure(
     unusable: int,
     aperture_radius: float,
     profile_tolerance: float = 0.08,
+    core_tolerance: float = 0.05,
+    hit_bits: int = 0,
 ) -> Measurement:
     """Measure one peak.
 
@@ -236,6 +243,10 @@ def measure(
         Pixels; the aperture flux has no correction.
     profile_tolerance
         Fraction of the model by which real PSFs differ from it; added to the noise in χ².
+    core_tolerance
+        The same for ``core_chi2`` and ``peak``.
+    hit_bits
+        Bits of cosmic-ray pixels.
     """
     x0, y0 = position
     half = psf.half
@@ -265,6 +276,10 @@ def measure(
     total = float(np.abs(values)[np.abs(values) > noise].sum())
     negative = float(np.abs(values)[values < -noise].sum())
     radius = np.hypot(grid[None, :] - dx, grid[:, None] - dy)
+    core_chi2, peak = _core_misfit(
+        data, var, weight > 0, flux, profile, radius, aperture_radius, core_tolerance
+    )
+    light = np.maximum(profile, 0.0)
     aperture = np.clip(aperture_radius + 0.5 - radius, 0, 1) * (weight > 0)
     length, angle, elongation = _moments(
         np.where(weight > 0, sign * data, 0.0), var, dx, dy, aperture_radius * 1.5
@@ -291,7 +306,35 @@ def measure(
         is_centroid_bad=lost,
         mask_bits=int(np.bitwise_or.reduce(bits[near & inside])) if (near & inside).any() else 0,
         mask_bits_centre=int(np.bitwise_or.reduce(centre.ravel())),
+        core_chi2=core_chi2,
+        peak=peak,
+        hit=float(light[(bits & hit_bits) > 0].sum() / max(float(light.sum()), 1e-12)),
     )
+
+
+def _core_misfit(
+    data: NDArray[np.float64],
+    variance: NDArray[np.float64],
+    good: NDArray[np.bool_],
+    flux: float,
+    profile: NDArray[np.float64],
+    radius: NDArray[np.float64],
+    aperture_radius: float,
+    tolerance: float,
+) -> tuple[float, float]:
+    """Reduced χ² in the core, and the brightest pixel's excess over the PSF beyond the noise."""
+    core = good & (radius <= max(aperture_radius / 1.5 + 0.5, 2.3))
+    if not core.any() or not np.isfinite(flux):
+        return 100.0, 1.0
+    model = flux * profile
+    top = abs(flux) * float(profile.max())
+    allowed = variance + (tolerance * model) ** 2 + (0.5 * tolerance * top) ** 2
+    miss = (data - model)[core]
+    chi2 = float((miss**2 / allowed[core]).sum() / max(int(core.sum()) - 3, 1))
+    sign = -1.0 if flux < 0 else 1.0
+    worst = int(np.argmax(sign * miss))
+    excess = sign * miss[worst] - 1.5 * float(np.sqrt(variance[core][worst]))
+    return chi2, float(np.clip(excess / max(top, 1e-12), 0.0, 3.0))
 
 
 def compactness(data: NDArray[np.float64], radius: NDArray[np.float64], aperture_radius: float) -> float:
