@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BACK, CARD, INK, SOFT, GOOD, DOUBT = "#12161c", "#1b222c", "#dfe6ee", "#8fa0b3", "#6fd08c", "#ff9d5c"
-_COLOURS = 48
+_COLOURS = 96
 
 
 def new_figure(width_in: float, height_in: float, dpi: int = 90) -> Figure:
@@ -72,7 +72,9 @@ def save_png(figure: Figure, path: Path) -> None:
     figure.savefig(full, format="png", facecolor=figure.get_facecolor())
     full.seek(0)
     with Image.open(full) as picture:
-        small = picture.convert("RGB").quantize(_COLOURS, dither=Image.Dither.NONE)
+        small = picture.convert("RGB").quantize(
+            _COLOURS, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE
+        )
     packed = io.BytesIO()
     small.save(packed, format="png", optimize=True)
     write_atomic(path, packed.getvalue())
