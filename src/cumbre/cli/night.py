@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 )
 @click.option("--rate", default=6.0, show_default=True, help="Night seconds per real second.")
 @click.option("--instrument", default="democam", show_default=True, help="Shipped name or .yaml file.")
-@click.option("--faults", default="", help="kill:SERVICE[@PART], down:LINK[@PART], random, each; comma separated.")
+@click.option(
+    "--faults", default="", help="kill:SERVICE[@PART], down:LINK[@PART], random, each; comma separated."
+)
 @click.option("--keep", is_flag=True, help="Leave the site up and print its address.")
 @click.option("--fresh", is_flag=True, help="Begin with a new simulated site in the folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print night.json before the last line.")
@@ -78,9 +80,10 @@ def night(
     try:
         nights.wait_ready(site)
         screen.say(f"services ready after {time.monotonic() - started:.0f} s; the night begins")
+        earlier = len(nights.daq_images(site))
         nights.begin(site, visits)
         with screen:
-            state = nights.watch(site, visits, plan, screen.show)
+            state = nights.watch(site, visits, plan, screen.show, earlier=earlier)
         report = write_report(
             site, wall_s=time.monotonic() - started, started_mono=started, faults=state.faults
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import random
 import signal
@@ -41,7 +42,8 @@ FINAL_HOPS = (
     "ingested_embargo",
     "processed",
 )
-READY_DEADLINE_S = 90.0
+READY_DEADLINE_S = 120.0
+SIDEREAL_DAY_S = 86164.0905
 OUTAGE_S = 5.0
 
 Progress = Callable[["NightState"], None]
@@ -115,11 +117,19 @@ def parse_faults(text: str, site: Site, seed: int) -> list[Fault]:
 
 
 def set_clock(site: Site) -> Clock:
-    """Start the site's fast clock at the configured start of the night, or let a running one go on."""
+    """Start the site's fast clock at the configured start of the night, or a later night's after earlier ones."""
     simulator = site.config.simulator
     if simulator is None:
         return Clock.real()
-    clock = Clock.starting_at(tai_from_utc(parse_isot(simulator.start)), rate=simulator.rate)
+    start = tai_from_utc(parse_isot(simulator.start))
+    taken = [
+        json.loads((site.root / "summit" / "daq" / obs_id / "exposure.json").read_text())["end_tai"]
+        for obs_id in daq_images(site)
+    ]
+    if taken:
+        # The same sidereal time of the next night: the tiles stand as high again.
+        start += (math.floor((max(taken) - start) / SIDEREAL_DAY_S) + 1) * SIDEREAL_DAY_S
+    clock = Clock.starting_at(start, rate=simulator.rate)
     clock.save(site.clock_path)
     return clock
 
@@ -227,8 +237,10 @@ def observe_state(db: Database, site: Site, state: NightState) -> None:
     state.lag_s = None if lag[0]["lag"] is None else float(lag[0]["lag"])
 
 
-def watch(site: Site, visits: int, faults: list[Fault], show: Progress) -> NightState:
+def watch(site: Site, visits: int, faults: list[Fault], show: Progress, *, earlier: int = 0) -> NightState:
     """Follow the night to its end, causing faults on the way.
+
+    ``earlier`` is the number of images of former nights in the camera's store.
 
     Raises
     ------
@@ -238,7 +250,7 @@ def watch(site: Site, visits: int, faults: list[Fault], show: Progress) -> Night
     clock = open_site_clock(site)
     config = site.config
     detectors = sum(len(load_instrument(name).detectors) for name in config.instruments[:1])
-    state = NightState(visits=visits, expected=visits * detectors)
+    state = NightState(visits=visits, expected=(earlier + visits) * detectors)
     db = site_database(site)
     pending, outages = list(faults), list[tuple[float, str]]()
     # Long enough for every visit at the slowest cadence, real seconds, with room for faults.
@@ -249,7 +261,7 @@ def watch(site: Site, visits: int, faults: list[Fault], show: Progress) -> Night
         now = time.monotonic()
         with contextlib.suppress(CumbreError, OSError):
             observe_state(db, site, state)
-        while pending and state.taken >= pending[0].at * visits:
+        while pending and state.taken - earlier >= pending[0].at * visits:
             fault = pending.pop(0)
             state.message = cause(site, fault)
             state.faults.append(state.message)
