@@ -61,3 +61,20 @@ def test_only_old_and_proven_files_go(
     assert service.step(0.0) == 0
     service.close()
     ledger.close()
+
+
+def test_frames_of_years_ago_that_came_today_are_new_here(
+    site: Site, bus: Bus, clock: Clock, database: Database
+) -> None:
+    stage(site, bus, 1, range(4))
+    ledger = LedgerService(site=site, bus=bus, db=database)
+    while ledger.step(0.05):
+        pass
+    years = 9 * 365 * DAY_S
+    database.execute("UPDATE ledger.hop SET hop_tai = hop_tai + %s", (years,))
+    today = Clock(clock.tai0_s + years + DAY_S, clock.mono0_s, 1.0)
+    service = RetentionService(site=site, bus=bus, clock=today, ledger=Ledger(database))
+    service.step(0.0)
+    assert hops(bus, "deleted") == []
+    service.close()
+    ledger.close()

@@ -88,6 +88,16 @@ class RetentionService:
             piece.obs_id, piece.detector, list(policy.needs)
         )
 
+    def _kept_long(self, piece: Piece, policy: Policy) -> bool:
+        """Whether the copy came to its place more than so many days ago.
+
+        Frames of years ago that were taken in today are new here: the observing day alone would let them go
+        before anybody has used them.
+        """
+        rows = self._ledger.where(piece.obs_id, piece.detector)
+        came = [row["hop_tai"] for row in rows if row["place"] == policy.place]
+        return bool(came) and self._clock.now_tai_s() - min(came) > policy.days * SECONDS_PER_DAY
+
     def _clean_daq(self) -> int:
         count = 0
         for folder in images(self._site.path(DAQ_FOLDER)):
@@ -121,7 +131,7 @@ class RetentionService:
             except CumbreError as error:
                 log.warning("%s is kept: %s", path, error)
                 continue
-            if self._proven(piece, policy):
+            if self._proven(piece, policy) and self._kept_long(piece, policy):
                 path.unlink()
                 hops.append(hop_fields(self._clock, piece, "deleted", place=policy.place, path=path))
                 count += 1
