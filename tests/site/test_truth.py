@@ -45,3 +45,12 @@ def test_the_truth_itself_scores_one(items):
     table = rows(*items)
     result = score([(table, table)])
     assert result.completeness == result.purity == 1
+
+
+def test_variable_stars_are_counted_apart():
+    truth = rows((10, 0, 20), (11, 0, 20), (12, 0, 20)) | {
+        "kind": np.array(["supernova", "variable", "asteroid"])
+    }
+    result = score([(truth, rows((10, 0, 20), (12, 0, 20)))])
+    assert result.completeness == 1
+    assert result.by_kind["variable"] == {"n": 1, "found": 0}

@@ -46,6 +46,7 @@ FLAGS = {
     "flagSaturatedTemplate": MaskPlane.SAT_TEMPLATE,
     "flagInjected": MaskPlane.INJECTED,
 }
+EDGE_PX = 3
 SOURCE_DTYPE = np.dtype(
     [("id", np.int64), *((name, np.float64) for name in _FLOATS), ("isNegative", bool), ("isDipole", bool)]
     + [("nPix", np.int32), ("pixelFlags", np.uint16), ("pixelFlagsCentre", np.uint16), ("flagCentroid", bool)]
@@ -283,6 +284,9 @@ class _Measurer:
         row["isDipole"] = partner >= 4.5 and source.partner >= 0.25
         reject = MaskPlane.CR | MaskPlane.SAT | MaskPlane.SAT_TEMPLATE | MaskPlane.BAD
         rejected = bool(source.mask_bits_centre & int(reject)) or bool(row["isDipole"])
+        # Within three pixels of the edge half of a PSF is missing: a hit there looks like anything.
+        ny, nx = self._template.shape
+        rejected |= bool(min(px, py, nx - 1 - px, ny - 1 - py) < EDGE_PX)
         on_streak = bool(source.mask_bits_centre & MaskPlane.STREAK)
         rejected |= on_streak and abs(peak_snr) < 5.0 * self._streak_level
         # A difference that fits no PSF at its own peak (sign or place) is not a source.

@@ -102,6 +102,7 @@ def collect(site: Site, db: Database) -> dict[str, Any]:
         "completeness": night_score.completeness,
         "purity": night_score.purity,
         "n_truth": night_score.n_truth,
+        "by_kind": night_score.by_kind,
         "n_detections": night_score.n_detections,
         "by_magnitude": night_score.by_magnitude,
         "missed": night_score.missed[:50],
@@ -254,7 +255,9 @@ def summary_lines(data: dict[str, Any]) -> list[str]:
         f"late                {data['late']} of {data['processed']} processed",
         f"latency             p50 {latency['p50']} s, p98 {latency['p98']} s (required {latency['required']:.0f} s)",
         f"alerts              {data['alerts']}",
-        f"completeness        {percent['completeness']} of {data['n_truth']} above 8 sigma",
+        f"completeness        {percent['completeness']} of the transients above 8 sigma ("
+        + ", ".join(f"{kind} {c['found']}/{c['n']}" for kind, c in sorted(data["by_kind"].items()))
+        + ")",
         f"purity              {percent['purity']} of {data['n_detections']} above 8 sigma",
         f"outcomes            {', '.join(f'{k} {v}' for k, v in data['outcomes'].items()) or 'none'}",
         f"wall time           {data['wall_s']} s",

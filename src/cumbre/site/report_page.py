@@ -216,7 +216,7 @@ def page(site: Site, data: dict[str, Any], images: dict[str, str]) -> str:
         _card("latency p50 / p98", f"{latency['p50']} / {p98} s", "night time",
               good=p98 is not None and p98 <= latency["required"]),
         _card("alerts", data["alerts"], "sent to the feed"),
-        _card("completeness", _percent(data["completeness"]), f"of {data['n_truth']} above 8 sigma", good=complete),
+        _card("completeness", _percent(data["completeness"]), "transients above 8 sigma", good=complete),
         _card("purity", _percent(data["purity"]), f"of {data['n_detections']} above 8 sigma", good=pure),
     ]  # fmt: skip
     parts = [

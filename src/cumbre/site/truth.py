@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 MATCH_ARCSEC = 1.5
 SNR_LIMIT = 8.0
+VARIABLE = "variable"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +26,20 @@ class Score:
     n_found: int
     n_detections: int
     n_true_detections: int
+    by_kind: dict[str, dict[str, int]]
     by_magnitude: list[dict[str, Any]]
     missed: list[dict[str, Any]]
     false: list[dict[str, Any]]
 
     @property
     def completeness(self) -> float | None:
-        """Part of the truth that was found; None when there was nothing to find."""
-        return self.n_found / self.n_truth if self.n_truth else None
+        """Part of the transients (all that appeared or moved) that was found; None when there were none.
+
+        Known stars that vary are counted apart, in ``by_kind``: what they need is their light curve.
+        """
+        kinds = [count for kind, count in self.by_kind.items() if kind != VARIABLE]
+        total = sum(count["n"] for count in kinds)
+        return sum(count["found"] for count in kinds) / total if total else None
 
     @property
     def purity(self) -> float | None:
@@ -76,6 +83,7 @@ def score(
     total, found = np.zeros(len(edges)), np.zeros(len(edges))
     missed: list[dict[str, Any]] = []
     false: list[dict[str, Any]] = []
+    by_kind: dict[str, dict[str, int]] = {}
     n_detections = n_true = 0
     for truth, detections in pairs:
         bright = truth["snr"] > snr_limit
@@ -86,6 +94,10 @@ def score(
         bins = np.clip(np.digitize(wanted["mag"], edges) - 1, 0, len(edges) - 1)
         np.add.at(total, bins, 1)
         np.add.at(found, bins[hit], 1)
+        for kind, was_found in zip(wanted.get("kind", np.full(len(hit), "transient")), hit, strict=True):
+            count = by_kind.setdefault(str(kind), {"n": 0, "found": 0})
+            count["n"] += 1
+            count["found"] += int(was_found)
         missed += [{k: _plain(v[i]) for k, v in wanted.items()} for i in np.flatnonzero(~hit)]
         strong = {name: values[detections["snr"] > snr_limit] for name, values in detections.items()}
         real, _ = _near(strong, truth)
@@ -102,7 +114,7 @@ def score(
         for i in range(len(edges))
         if total[i]
     ]
-    return Score(int(total.sum()), int(found.sum()), n_detections, n_true, rows, missed, false)
+    return Score(int(total.sum()), int(found.sum()), n_detections, n_true, by_kind, rows, missed, false)
 
 
 def _plain(value: Any) -> Any:
