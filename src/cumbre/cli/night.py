@@ -147,13 +147,17 @@ class Screen:
         lag = "" if state.lag_s is None else f"lag {state.lag_s:.0f} s (night time)"
         if not self.live:
             counts = ", ".join(f"{label} {state.hops.get(hop, 0)}" for label, hop in self.HOPS)
-            line = f"images {state.taken}/{state.visits}; {counts}; alerts {state.alerts}; {lag}"
+            line = (
+                f"images {state.taken - state.earlier}/{state.visits}; {counts}; alerts {state.alerts}; {lag}"
+            )
             if line != self.last:
                 self.say(line + (f"; {state.message}" if state.message else ""))
                 self.last, state.message = line, ""
             return
         self.progress.update(
-            self.bars["night"], completed=state.taken, note=f"alerts {state.alerts} {lag} {state.message}"
+            self.bars["night"],
+            completed=state.taken - state.earlier,
+            note=f"alerts {state.alerts} {lag} {state.message}",
         )
         for label, hop in self.HOPS:
             if label not in self.bars:

@@ -24,6 +24,7 @@ from cumbre.core.errors import CumbreError, DeadlineError, UserError
 from cumbre.core.instrument import load_instrument
 from cumbre.core.time import Clock, parse_isot, tai_from_utc
 from cumbre.site.roles import open_site_bus, open_site_clock, roles_of, site_database
+from cumbre.site.runner import ENABLED
 from cumbre.site.supervisor import read_state
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class NightState:
     """What the terminal shows."""
 
     visits: int
+    earlier: int = 0
     taken: int = 0
     hops: dict[str, int] = field(default_factory=dict)
     expected: int = 0
@@ -143,13 +145,19 @@ def wait_ready(site: Site) -> None:
         Names the roles that did not, and their logs.
     """
     bus = open_site_bus(site, "night")
-    waiting = set(roles_of(site))
+    roles = set(roles_of(site))
+    waiting = set(roles)
     subscription = bus.subscribe(["Service.summaryState"], start="earliest")
+    enabled: dict[str, int] = {}
     since = time.monotonic()
     while waiting:
         for message in subscription.poll(timeout_s=0.2):
-            if message.fields["summaryState"] == 2:
-                waiting.discard(message.fields["name"])
+            if message.fields["summaryState"] == ENABLED:
+                enabled[message.fields["name"]] = message.fields["pid"]
+        # A former night's word does not count: the process that runs now must have said it.
+        state = read_state(site) or {"services": []}
+        now = {service["name"]: service["pid"] for service in state["services"]}
+        waiting = {name for name in roles if name not in now or enabled.get(name) != now[name]}
         if time.monotonic() - since > READY_DEADLINE_S:
             logs = ", ".join(str(site.root / "logs" / f"{name}.log") for name in sorted(waiting))
             raise DeadlineError(
@@ -165,6 +173,15 @@ def begin(site: Site, visits: int) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps({"visits": visits, "state": "running", "start_tai": clock.now_tai_s()}))
     temporary.replace(path)
+
+
+def is_over(site: Site) -> bool:
+    """Whether the scheduler has ended the night that was begun last (not an earlier one)."""
+    try:
+        done = json.loads((site.root / DONE_FILE).read_text())
+        return bool(done["night"] == str(json.loads((site.root / CONTROL_FILE).read_text())["start_tai"]))
+    except FileNotFoundError:
+        return False
 
 
 def cause(site: Site, fault: Fault) -> str:
@@ -250,7 +267,7 @@ def watch(site: Site, visits: int, faults: list[Fault], show: Progress, *, earli
     clock = open_site_clock(site)
     config = site.config
     detectors = sum(len(load_instrument(name).detectors) for name in config.instruments[:1])
-    state = NightState(visits=visits, expected=(earlier + visits) * detectors)
+    state = NightState(visits=visits, earlier=earlier, expected=(earlier + visits) * detectors)
     db = site_database(site)
     pending, outages = list(faults), list[tuple[float, str]]()
     # Long enough for every visit at the slowest cadence, real seconds, with room for faults.
@@ -274,7 +291,7 @@ def watch(site: Site, visits: int, faults: list[Fault], show: Progress, *, earli
         seen = (state.taken, tuple(sorted(state.hops.items())), state.alerts)
         if seen != last:
             last, moved = seen, now
-        finished = (site.root / DONE_FILE).exists() and not outages
+        finished = is_over(site) and not outages
         if finished and all(state.hops.get(hop, 0) >= state.taken * detectors for hop in FINAL_HOPS):
             _wait_outbox(db)
             observe_state(db, site, state)
