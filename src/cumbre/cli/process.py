@@ -8,30 +8,11 @@ from pathlib import Path
 
 import click
 
+from cumbre.cli.files import FilesAfterFlags
 from cumbre.cli.main import print_json
 
 
-class FileListCommand(click.Command):
-    """Lets ``--science`` and ``--reference`` take several files after one flag, as the shell's ``*`` gives them."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Repeat the flag before every file that follows it."""
-        lists = ("--science", "--reference")
-        expanded: list[str] = []
-        current = ""
-        for word in args:
-            if word.startswith("-") and word != "-":
-                current = word if word in lists else ""
-                if not current:
-                    expanded.append(word)
-            elif current:
-                expanded += [current, word]
-            else:
-                expanded.append(word)
-        return super().parse_args(ctx, expanded)
-
-
-@click.command(cls=FileListCommand)
+@click.command(cls=FilesAfterFlags)
 @click.option(
     "--science",
     "science",
