@@ -39,6 +39,11 @@ def ledger(database):
             " message, hop_tai, recv_tai, attempt) VALUES (%s, 0, 'R00_S00', %s, %s, 'x', '', 1, '', %s, %s, %s, 1)",
             (OBS_ID, hop, outcome, "<script>alert(1)</script>", BEGIN + lag, BEGIN + lag),
         )
+    database.execute(
+        "INSERT INTO ledger.hop (obs_id, detector, detector_name, hop, outcome, place, path, byte_size, checksum,"
+        " message, hop_tai, recv_tai, attempt) VALUES (%s, -1, '', 'header', 'ok', 'x', '', 1, '', '', %s, %s, 1)",
+        (OBS_ID, BEGIN + 1, BEGIN + 1),
+    )
     return database
 
 
@@ -60,6 +65,7 @@ def test_flow_tells_count_lag_and_backlog(client):
     assert hops["written"]["count"] == 1
     assert hops["written"]["lag_s"] == 2.5
     assert hops["written"]["backlog"] == 0
+    assert (hops["header"]["count"], hops["header"]["lag_s"]) == (1, 1.0)  # told once for the whole image
     assert hops["at_base"]["failures"] == {"BadFile": 1}
     assert hops["archive_tape"] == {
         "hop": "archive_tape", "count": 0, "lag_s": None, "backlog": None, "last_utc": None, "failures": {},

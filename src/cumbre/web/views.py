@@ -35,10 +35,11 @@ def flow(db: Database, clock: Clock) -> dict[str, Any]:
         """
         WITH read AS (SELECT obs_id, detector, hop_tai FROM ledger.hop
                       WHERE hop = 'read_out' AND outcome = 'ok' AND detector >= 0),
-             passed AS (SELECT h.hop, h.obs_id, h.detector, min(h.hop_tai) AS hop_tai,
+             -- a hop of the whole image (detector -1: its header) is a hop of each detector read out
+             passed AS (SELECT h.hop, r.obs_id, r.detector, min(h.hop_tai) AS hop_tai,
                                min(h.hop_tai) - min(r.hop_tai) AS lag
-                        FROM ledger.hop h JOIN read r USING (obs_id, detector)
-                        GROUP BY h.hop, h.obs_id, h.detector),
+                        FROM ledger.hop h JOIN read r ON r.obs_id = h.obs_id AND h.detector IN (r.detector, -1)
+                        GROUP BY h.hop, r.obs_id, r.detector),
              ranked AS (SELECT *, row_number() OVER (PARTITION BY hop ORDER BY hop_tai DESC) AS n FROM passed)
         SELECT hop, count(*) AS count, (SELECT count(*) FROM read) - count(*) AS backlog,
                percentile_cont(0.5) WITHIN GROUP (ORDER BY lag) FILTER (WHERE n <= 40) AS lag_s,
