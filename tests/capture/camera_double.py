@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from cumbre.bus import Bus, open_bus
-from cumbre.capture.daq import raw_shape
 from cumbre.core.configuration import Site
 from cumbre.core.ids import ObsId
 from cumbre.core.instrument import load_instrument
@@ -27,7 +26,7 @@ def arrays(seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     out = {}
     for detector in INSTRUMENT.detectors:
-        shape = (len(detector.amplifiers), *raw_shape(detector.amplifiers[0]))
+        shape = (len(detector.amplifiers), *detector.amplifiers[0].raw_shape)
         out[detector.name] = rng.normal(1100, 12, shape).astype(np.uint16)
     return out
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cumbre.core.errors import BadFileError, NotFoundError, UserError
 from cumbre.core.ids import ObsId
-from cumbre.core.instrument import Amplifier, Detector
+from cumbre.core.instrument import Detector
 from cumbre.stores.files import normal_checksum, sha256_of_bytes
 
 EXPOSURE_FILE = "exposure.json"
@@ -22,21 +22,6 @@ MAX_EXPOSURE_BYTES = 4 << 20
 _NPY_HEADER_BYTES = 4096
 
 RawArray = NDArray[np.uint16]
-
-
-def raw_shape(amplifier: Amplifier) -> tuple[int, int]:
-    """(ny, nx) of an amplifier's raw array: everything that its boxes reach."""
-    boxes = [
-        box
-        for box in (
-            amplifier.raw_box,
-            amplifier.overscan_box,
-            amplifier.prescan_box,
-            amplifier.parallel_overscan_box,
-        )
-        if box is not None
-    ]
-    return max(box.y1 for box in boxes), max(box.x1 for box in boxes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +114,7 @@ class DaqImage:
             Missing, truncated, too long, with another checksum, or of another type or shape.
         """
         path = self.folder / f"{detector.name}.npy"
-        shapes = {raw_shape(amplifier) for amplifier in detector.amplifiers}
+        shapes = {amplifier.raw_shape for amplifier in detector.amplifiers}
         expected = (
             len(detector.amplifiers),
             max(ny for ny, _ in shapes),

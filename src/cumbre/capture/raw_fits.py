@@ -8,7 +8,7 @@ from typing import Any
 import fitsio
 import numpy as np
 
-from cumbre.capture.daq import RawArray, raw_shape
+from cumbre.capture.daq import RawArray
 from cumbre.core.errors import BadFileError, UnprocessableDataError
 from cumbre.core.instrument import Box, Detector
 
@@ -83,7 +83,7 @@ def _in_memory(detector: Detector, array: RawArray, primary: list[Card]) -> byte
         fits.write(None, header=primary)
         fits[0].write_checksum()
         for index, amplifier in enumerate(detector.amplifiers):
-            ny, nx = raw_shape(amplifier)
+            ny, nx = amplifier.raw_shape
             name = amplifier.hdu if isinstance(amplifier.hdu, str) else f"Segment{amplifier.name[1:]}"
             fits.write(
                 np.ascontiguousarray(array[index, :ny, :nx]),

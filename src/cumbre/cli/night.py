@@ -84,9 +84,7 @@ def night(
         nights.begin(site, visits)
         with screen:
             state = nights.watch(site, visits, plan, screen.show, earlier=earlier)
-        report = write_report(
-            site, wall_s=time.monotonic() - started, started_mono=started, faults=state.faults
-        )
+        report = write_report(site, faults=state.faults, started_mono=started)
     finally:
         if not keep and not was_up:
             stop_site(site)

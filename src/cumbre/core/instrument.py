@@ -71,6 +71,16 @@ class Amplifier(_Model):
     linearity: tuple[float, ...] = ()
     """c2, c3…: true = m + c2·m² + c3·m³… with m the bias-subtracted ADU."""
 
+    @property
+    def raw_shape(self) -> tuple[int, int]:
+        """(ny, nx) of its raw array: everything that its boxes reach."""
+        boxes = [
+            box
+            for box in (self.raw_box, self.overscan_box, self.prescan_box, self.parallel_overscan_box)
+            if box is not None
+        ]
+        return max(box.y1 for box in boxes), max(box.x1 for box in boxes)
+
     @model_validator(mode="after")
     def _same_size(self) -> Self:
         if self.detector_box.shape != self.raw_box.shape:

@@ -56,19 +56,7 @@ def raw_shape(detector: Detector) -> tuple[int, int, int]:
     UserError
         Amplifiers of different raw sizes.
     """
-    shapes = set()
-    for amplifier in detector.amplifiers:
-        boxes = [
-            box
-            for box in (
-                amplifier.raw_box,
-                amplifier.overscan_box,
-                amplifier.prescan_box,
-                amplifier.parallel_overscan_box,
-            )
-            if box is not None
-        ]
-        shapes.add((max(box.y1 for box in boxes), max(box.x1 for box in boxes)))
+    shapes = {amplifier.raw_shape for amplifier in detector.amplifiers}
     if len(shapes) != 1:
         raise UserError(
             f"detector {detector.name}: the simulated camera needs amplifiers of one raw size, found "

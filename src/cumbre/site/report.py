@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,22 +39,18 @@ class Report:
     lines: list[str]
 
 
-def write_report(
-    site: Site, *, wall_s: float, faults: list[str], started_mono: float | None = None
-) -> Report:
+def write_report(site: Site, *, faults: list[str], started_mono: float) -> Report:
     """Compute and write the report of a site's night.
 
-    ``wall_s`` is the real time of the whole run so far; with ``started_mono`` it is taken again at the end.
+    ``started_mono`` is the monotonic time at which the whole run began, for its wall time.
     """
-    import time
-
     from cumbre.site import report_page
 
     db = site_database(site)
     data = collect(site, db)
     data["faults"] = faults
     pictures = report_page.pictures(site, db, data)
-    data["wall_s"] = round(time.monotonic() - started_mono if started_mono is not None else wall_s, 1)
+    data["wall_s"] = round(time.monotonic() - started_mono, 1)
     folder = site.root / "report"
     folder.mkdir(exist_ok=True)
     _write(folder / "night.json", json.dumps(data, default=str, indent=1))
