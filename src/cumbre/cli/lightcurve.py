@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from cumbre.cli.main import print_json
 
-if TYPE_CHECKING:
-    from cumbre.core.configuration import Site
-    from cumbre.core.instrument import Instrument
-    from cumbre.payloads.lightcurve_run import Series
 
-
-def _position(
+def position(
     context: click.Context, parameter: click.Parameter, value: str | None
 ) -> tuple[float, float] | None:
     """RA,DEC in degrees."""
@@ -37,7 +32,7 @@ def _position(
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for the results."
 )
-@click.option("--target", callback=_position, metavar="RA,DEC", help="The star to fit, ICRS degrees.")
+@click.option("--target", callback=position, metavar="RA,DEC", help="The star to fit, ICRS degrees.")
 @click.option("--aperture", type=click.FloatRange(0.5, 100), help="Radius in pixels; 1.6 FWHM by default.")
 @click.option(
     "--site",
@@ -80,6 +75,7 @@ def lightcurve(
     from cumbre.core.errors import UserError
     from cumbre.core.instrument import load_instrument
     from cumbre.payloads.lightcurve_run import run
+    from cumbre.site.time_series import archived, store
 
     camera = load_instrument(instrument)
     site = Site.load(folder) if folder is not None else None
@@ -94,84 +90,13 @@ def lightcurve(
     if as_json:
         print_json(report)
     else:
-        _show(report, out)
+        show(report, out)
     if report["refused"]:
         raise click.exceptions.Exit(1)
 
 
-def archived(site: Site, camera: Instrument) -> list[Path]:
-    """Raw files of an instrument that the site's archive holds, in order of time.
-
-    Raises
-    ------
-    NotFoundError
-        None is there.
-    """
-    from cumbre.core.errors import NotFoundError
-    from cumbre.site.roles import site_database
-
-    rows = site_database(site).execute(
-        "SELECT h.path FROM ledger.hop h JOIN ledger.image i USING (obs_id) WHERE h.hop = 'at_archive'"
-        " AND h.outcome = 'ok' AND i.instrument = %s AND h.detector >= 0 ORDER BY i.begin_tai, h.detector",
-        (camera.name,),
-    )
-    paths = [Path(row[0]) for row in rows]
-    if not paths:
-        raise NotFoundError(
-            f"{site.root}: no file of {camera.name} is in its archive; bring them with: cumbre ingest --site "
-            f"{site.root} --instrument {camera.name.lower()} FILES"
-        )
-    return paths
-
-
-def store(site: Site, series: Series, target: int) -> dict[str, Any]:
-    """One DiaObject a star and one DiaForcedSource a measurement, in Level 1.
-
-    A run that was cut short is completed by the next one of the same frames.
-
-    Raises
-    ------
-    ConflictError
-        Some of these frames are stored already, as part of another series.
-    """
-    from cumbre.catalogs.level1 import Level1
-    from cumbre.core.errors import ConflictError
-    from cumbre.payloads.lightcurve_rows import object_ids, object_rows, rows_of_frame
-    from cumbre.site.roles import open_site_clock, site_database
-
-    database = site_database(site)
-    level1 = Level1(database, open_site_clock(site))
-    identifiers = object_ids(series)
-    visits = [(int(frame["exposure_id"]), int(frame["detector"])) for frame in series.frames]
-    done = [level1.is_stored(*visit) for visit in visits]
-    if any(done):
-        found = database.execute(
-            "SELECT count(*) FROM level1.diaobject WHERE diaobjectid = ANY(%s)", (identifiers.tolist(),)
-        )[0][0]
-        if found != identifiers.size:
-            raise ConflictError(
-                f"{sum(done)} of {len(done)} frames are in Level 1 already, with other objects; a series is stored "
-                "once: give only new frames, or leave --site out"
-            )
-    rows = forced = 0
-    for column, visit in enumerate(visits):
-        if done[column]:
-            continue
-        measured = rows_of_frame(series, column, identifiers)
-        level1.store(
-            *visit, dia_objects=object_rows(series, identifiers) if column == 0 else (), forced=measured
-        )
-        rows, forced = rows + 1, forced + len(measured["ra"])
-    return {
-        "diaObjectId": int(identifiers[target]),
-        "objects": int(identifiers.size),
-        "visits_stored": rows,
-        "visits_already": int(sum(done)),
-        "forced_sources": forced,
-    }
-
-
-def _show(report: dict[str, Any], out: Path) -> None:
+def show(report: dict[str, Any], out: Path) -> None:
+    """Print a report for a person."""
     target, transit = report["target"], report["transit"]
     for row in report["refused"]:
         click.echo(f"▲ {row['file']}: {row['outcome']}: {row['message']}", err=True)

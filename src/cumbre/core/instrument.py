@@ -200,6 +200,8 @@ class Instrument(_Model):
     """False when the header's WCS is stale and only the pointing may be used as a first guess."""
     pointing_error_deg: float = 0.05
     """How far the header's position may be off."""
+    time_series: bool = False
+    """True when its frames are series of one field: ``cumbre ingest`` makes light curves of what it takes."""
     aperture_m: float = 1.0
     readout_s: float = 2.0
     filter_change_s: float = 30.0
