@@ -2,9 +2,10 @@
 
 ``run/link-<source>-<target>.json`` controls it while it runs::
 
-    {"down": true, "latency_ms": 60, "bandwidth_mbit_s": 1000}
+    {"down": true, "latency_ms": 60, "bandwidth_mbit_s": 1000, "corrupt": 0.01}
 
-Keys that are absent keep the site's values. While it is down, connections are cut and new ones refused.
+``corrupt`` is the part of chunks in which one bit is flipped. Keys that are absent keep the site's values.
+While it is down, connections are cut and new ones refused.
 Latency and bandwidth are those of the night: on a clock that runs six times faster both shrink and grow.
 """
 
@@ -14,6 +15,7 @@ import contextlib
 import json
 import logging
 import queue
+import random
 import socket
 import threading
 import time
@@ -43,6 +45,7 @@ class LinkState:
     down: bool = False
     latency_ms: float = 0.0
     bandwidth_mbit_s: float | None = None
+    corrupt: float = 0.0
 
 
 def control_link(
@@ -53,11 +56,21 @@ def control_link(
     down: bool | None = None,
     latency_ms: float | None = None,
     bandwidth_mbit_s: float | None = None,
+    corrupt: float | None = None,
 ) -> None:
     """Change a running link; what is None goes back to the site's value."""
-    said = {"down": down, "latency_ms": latency_ms, "bandwidth_mbit_s": bandwidth_mbit_s}
+    said = {
+        "down": down, "latency_ms": latency_ms, "bandwidth_mbit_s": bandwidth_mbit_s, "corrupt": corrupt
+    }  # fmt: skip
     content = {key: value for key, value in said.items() if value is not None}
     write_atomic(site.path(f"run/link-{source}-{target}.json"), json.dumps(content).encode())
+
+
+def _flipped(chunk: bytes) -> bytes:
+    """The bytes with one bit wrong."""
+    damaged = bytearray(chunk)
+    damaged[random.randrange(len(damaged))] ^= 1 << random.randrange(8)
+    return bytes(damaged)
 
 
 class _Meter:
@@ -127,7 +140,7 @@ class LinkProxy:
         with contextlib.suppress(FileNotFoundError, ValueError):
             found = json.loads(self._control.read_bytes())
             said = found if isinstance(found, dict) else {}
-        latency, bandwidth = said.get("latency_ms"), said.get("bandwidth_mbit_s")
+        latency, bandwidth, corrupt = (said.get(key) for key in ("latency_ms", "bandwidth_mbit_s", "corrupt"))
         was_down = self.state.down
         self.state = LinkState(
             said.get("down") is True,
@@ -135,6 +148,7 @@ class LinkProxy:
             float(bandwidth)
             if isinstance(bandwidth, int | float) and bandwidth > 0
             else self._link.bandwidth_mbit_s,
+            float(corrupt) if isinstance(corrupt, int | float) else 0.0,
         )
         if self.state.down:
             self._cut()
@@ -178,6 +192,8 @@ class LinkProxy:
         try:
             while chunk := taken.recv(CHUNK_BYTES):
                 state = self.state
+                if state.corrupt and random.random() < state.corrupt:
+                    chunk = _flipped(chunk)
                 rate = state.bandwidth_mbit_s
                 bytes_per_s = rate * 1e6 / 8 * self._clock.rate if rate else None
                 left_at = self._meters[way].reserve(len(chunk), bytes_per_s)
