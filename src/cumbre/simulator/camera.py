@@ -7,6 +7,7 @@ read_out, and the truth of each exposure under ``<site>/simulator``.
 from __future__ import annotations
 
 import io
+import json
 import logging
 import time
 from collections import deque
@@ -26,6 +27,7 @@ from cumbre.core.time import day_obs_from_tai
 from cumbre.simulator.exposure import ExposureRequest
 from cumbre.simulator.journal import Journal, Started
 from cumbre.simulator.preparation import SKY_FOLDER
+from cumbre.simulator.randomness import generator
 from cumbre.simulator.render import IMAGE_TYPES, render
 from cumbre.simulator.sky import Sky
 from cumbre.simulator.truth import truth_path, write_truth
@@ -45,6 +47,28 @@ MAX_EXPOSURE_S = 3600.0
 HEADER_TIMEOUT_S = 30.0
 WEATHER_TOPIC = "Environment.weather"
 WEATHER_EVERY_S = 20.0
+
+SENSORS_FILE = "run/sensors.json"
+SILENT, GARBAGE = "silent", "garbage"
+
+
+def break_sensors(site: Site, faults: dict[str, str]) -> None:
+    """Detector name → ``silent`` (no data at all) or ``garbage`` (noise); a detector not named works again."""
+    write_atomic(site.path(SENSORS_FILE), json.dumps(faults).encode())
+
+
+def broken_sensors(site: Site) -> dict[str, str]:
+    """What :func:`break_sensors` said last."""
+    try:
+        found = json.loads(site.path(SENSORS_FILE).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def garbage(shape: tuple[int, ...], seed: int, obs_id: str, detector: str) -> NDArray[np.uint16]:
+    """Pixels that are no image: every value equally likely, uint16 of ``shape``."""
+    return generator(seed, "garbage", obs_id, detector).integers(0, 65536, shape, dtype=np.uint16)
 
 
 @dataclass(slots=True)
@@ -327,8 +351,15 @@ class SimulatedCamera:
         instrument = self.instruments[started.instrument]
         folder = self.journal.folder(request.obs_id)
         files = {}
+        broken = broken_sensors(self.site)
         for detector, future in running.pixels:
+            fault = broken.get(detector.name)
+            if fault == SILENT:
+                log.warning("%s: %s gave no data", request.obs_id, detector.name)
+                continue
             raw = future.result()
+            if fault == GARBAGE:
+                raw = garbage(raw.shape, self.seed, request.obs_id, detector.name)
             stream = io.BytesIO()
             np.save(stream, raw, allow_pickle=False)
             stored = write_atomic(folder / f"{detector.name}.npy", stream.getbuffer())
