@@ -56,12 +56,20 @@ def _sky_image(
     instrument: Instrument, detector: Detector, exposure: ExposureRequest, sky: Sky, seed: int
 ) -> NDArray[np.float32]:
     """Electrons of sky background, sources and satellite trails on a perfect sensor."""
-    from cumbre.simulator import kernels
-
     light = sky.light(instrument, detector, exposure)
     background = light.background_e
     image = np.full(detector.shape, background, np.float32)
     _add_sources(instrument, detector, image, light)
+    _add_trail(image, detector, exposure, light, seed)
+    return image
+
+
+def _add_trail(
+    image: NDArray[np.float32], detector: Detector, exposure: ExposureRequest, light: Light, seed: int
+) -> None:
+    """Add the satellite trail of the exposure, if it has one."""
+    from cumbre.simulator import kernels
+
     trail = generator(seed, "trail", exposure.obs_id)
     if trail.uniform() < TRAIL_PROBABILITY:
         angle, offset_mm = trail.uniform(0, np.pi), trail.uniform(-15, 15)
@@ -79,6 +87,14 @@ def _sky_image(
             brightness,
             0.5 * light.psf.fwhm_px,
         )
+
+
+def trail_light(
+    detector: Detector, exposure: ExposureRequest, light: Light, seed: int
+) -> NDArray[np.float32]:
+    """Electrons of the satellite trail alone, shape (ny, nx): part of the truth."""
+    image = np.zeros(detector.shape, np.float32)
+    _add_trail(image, detector, exposure, light, seed)
     return image
 
 
@@ -156,19 +172,41 @@ def electrons(
     from cumbre.simulator import kernels
 
     fixed = chip(instrument, detector, seed)
+    image, rng = _exposed(instrument, detector, exposure, sky, seed)
+    if exposure.image_type == "BIAS":
+        return image
+    _cosmic_rays(image, detector, exposure.exposure_s + instrument.readout_s, rng)
+    for index, amplifier in enumerate(detector.amplifiers):
+        kernels.bleed(image, *amplifier.detector_box, fixed.full_well_e[index])
+    return image
+
+
+def _exposed(
+    instrument: Instrument, detector: Detector, exposure: ExposureRequest, sky: Sky, seed: int
+) -> tuple[NDArray[np.float32], np.random.Generator]:
+    """Electrons with photon noise, and the generator of what comes after."""
+    from cumbre.simulator import kernels
+
     rng = generator(seed, "pixels", exposure.obs_id, detector.name)
     image = expected_electrons(instrument, detector, exposure, sky, seed)
     if exposure.image_type == "BIAS":
-        return image
+        return image, rng
     low = np.float32(EXACT_POISSON_BELOW_E)
     dim = np.flatnonzero(image.reshape(-1) <= low)
     kernels.photon_noise(image, rng.standard_normal(image.shape, dtype=np.float32), low)
     if dim.size:
         image.reshape(-1)[dim] = rng.poisson(image.reshape(-1)[dim])
-    _cosmic_rays(image, detector, exposure.exposure_s + instrument.readout_s, rng)
-    for index, amplifier in enumerate(detector.amplifiers):
-        kernels.bleed(image, *amplifier.detector_box, fixed.full_well_e[index])
-    return image
+    return image, rng
+
+
+def particle_tracks(
+    instrument: Instrument, detector: Detector, exposure: ExposureRequest, sky: Sky, seed: int
+) -> NDArray[np.float32]:
+    """Electrons that particles left on the sensor, shape (ny, nx): part of the truth."""
+    _, rng = _exposed(instrument, detector, exposure, sky, seed)
+    tracks = np.zeros(detector.shape, np.float32)
+    _cosmic_rays(tracks, detector, exposure.exposure_s + instrument.readout_s, rng)
+    return tracks
 
 
 def _offset(fixed: Chip, exposure: ExposureRequest, seed: int, detector: Detector) -> NDArray[np.float32]:

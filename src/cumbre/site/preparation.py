@@ -67,9 +67,9 @@ def prepare(site: Site, say: Say) -> None:
     survey = site.root / "survey.json"
     if not survey.exists():
         _write_json(survey, [asdict(tile) for tile in sky.tiles])
-    tasks = [task for task in _tasks(site, instrument, sky) if not Path(task.out).exists()]
+    missing = [task for task in tasks(site, instrument, sky) if not Path(task.out).exists()]
     for kind, name in (("calibration", "calibrations (bias, flat, defects)"), ("template", "templates")):
-        todo = [task for task in tasks if task.kind == kind]
+        todo = [task for task in missing if task.kind == kind]
         if todo:
             _run(todo, name, say)
     _write_index(site, instrument)
@@ -81,7 +81,8 @@ def _write_json(path: Path, data: Any) -> None:
     temporary.replace(path)
 
 
-def _tasks(site: Site, instrument: Instrument, sky: Sky) -> Iterable[Task]:
+def tasks(site: Site, instrument: Instrument, sky: Sky) -> Iterable[Task]:
+    """All products of a site's survey: calibrations first."""
     from cumbre.core.geometry import separation_deg
     from cumbre.simulator.preparation import calibration_requests, record_templates, template_requests
 
@@ -151,7 +152,7 @@ def make(task: Task) -> str:
     return task.out
 
 
-def _raw(
+def take_frame(
     site: Site, instrument: Instrument, detector_name: str, request: ExposureRequest, sky: Sky
 ) -> RawDetector:
     """Take one frame: rendered, written as a raw file, read back; the same file format as on the night."""
@@ -204,7 +205,7 @@ def _make_calibrations(site: Site, instrument: Instrument, task: Task, out: Path
     raws: dict[str, list[RawDetector]] = {"BIAS": [], "FLAT": []}
     sky = _sky(site.root)
     for request in task.requests:
-        raws[request.image_type].append(_raw(site, instrument, task.detector, request, sky))
+        raws[request.image_type].append(take_frame(site, instrument, task.detector, request, sky))
     bias = combine_bias(raws["BIAS"])
     flat = combine_flat(raws["FLAT"], bias)
     Calibrations(bias=bias, flat=flat, defects=find_defects(bias=bias, flat=flat)).save(out)
@@ -225,7 +226,7 @@ def _make_template(site: Site, instrument: Instrument, task: Task, out: Path) ->
     reference = RefCat.load(paths(site)["refcat"])
     exposures = [
         calibrate(
-            assemble_and_correct(_raw(site, instrument, task.detector, request, sky), calibrations),
+            assemble_and_correct(take_frame(site, instrument, task.detector, request, sky), calibrations),
             reference,
             instrument=instrument,
         )
