@@ -153,14 +153,20 @@ class _TopicModel(BaseModel):
     keep: Literal["last", "all"] = "last"
 
 
-class _ComponentModel(BaseModel):
+class _GenericModel(BaseModel):
+    """Topics that several components have in common."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    blocks: dict[str, dict[str, FieldModel]] = {}
+    topics: dict[str, _TopicModel]
+
+
+class _ComponentModel(_GenericModel):
     component: str = Field(pattern=r"^[A-Z][A-Za-z0-9]*$")
     description: str
     indexed: bool = False
-    blocks: dict[str, dict[str, FieldModel]] = {}
-    topics: dict[str, _TopicModel]
+    generics: list[str] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,25 +285,36 @@ class TopicCatalog:
         return names.index(topic.name)
 
 
+def _read_model[M: BaseModel](path: Path, kind: type[M]) -> M:
+    try:
+        return kind.model_validate(yaml.safe_load(path.read_text()))
+    except (ValidationError, yaml.YAMLError) as error:
+        raise ConfigurationError(f"{path}: not a topic file: {error}") from error
+
+
 def read_component(path: Path) -> list[Topic]:
-    """Topics of one component's file; a component with commands also gets ``ackcmd``.
+    """Topics of one component's file, with those of its ``generics``; one with commands also gets ``ackcmd``.
 
     Raises
     ------
     ConfigurationError
         The file is not a valid topic file; the message names the key.
     """
-    try:
-        model = _ComponentModel.model_validate(yaml.safe_load(path.read_text()))
-    except (ValidationError, yaml.YAMLError) as error:
-        raise ConfigurationError(f"{path}: not a topic file: {error}") from error
+    model = _read_model(path, _ComponentModel)
+    blocks, entries = dict(model.blocks), dict(model.topics)
+    for name in model.generics:
+        shared = path.parent / "generics" / f"{name}.yaml"
+        if not shared.is_file():
+            raise ConfigurationError(f"{path}: generics: {name}: there is no {shared}")
+        common = _read_model(shared, _GenericModel)
+        blocks, entries = common.blocks | blocks, common.topics | entries
     topics = []
-    for short, entry in model.topics.items():
+    for short, entry in entries.items():
         fields: dict[str, FieldModel] = {}
         for block in entry.use:
-            if block not in model.blocks:
+            if block not in blocks:
                 raise ConfigurationError(f"{path}: topic {short}: use: no block {block!r} in this file")
-            fields |= model.blocks[block]
+            fields |= blocks[block]
         fields |= entry.fields
         for name in entry.last_by:
             if name not in fields:
