@@ -1,0 +1,38 @@
+"""Tables of one query: what a user sent along with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from cumbre.access.results.types import column_of_field
+from cumbre.access.tables import Position, Schema, Table, Tables
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SCHEMA = "TAP_UPLOAD"
+
+
+def upload_table(name: str, rows: pa.Table) -> Table:
+    """An upload as a table: columns described by the Arrow fields and their metadata."""
+    columns = tuple(column_of_field(field) for field in rows.schema)
+    return Table(
+        SCHEMA, name, columns, "Uploaded with the query.", "arrow", rows, _position(rows), rows=rows.num_rows
+    )
+
+
+def with_uploads(tables: Tables, uploads: Mapping[str, pa.Table]) -> Tables:
+    """The tables and the uploads beside them."""
+    if not uploads:
+        return tables
+    made = [upload_table(name, rows) for name, rows in uploads.items()]
+    extended = tables.extended(*made)
+    return replace(extended, schemas=[*tables.schemas, Schema(SCHEMA, "Tables uploaded with the query.")])
+
+
+def _position(rows: pa.Table) -> Position | None:
+    names = {name.lower(): name for name in rows.column_names}
+    ra, dec = names.get("ra"), names.get("dec")
+    return Position(ra, dec) if ra and dec else None
