@@ -14,7 +14,10 @@ from cumbre.site.profiles import create_site
 
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
-    return create_site(tmp_path / "site")
+    """A site whose links have one pair; more in the tests of pairs."""
+    path = create_site(tmp_path / "site").path("site.yaml")
+    path.write_text(path.read_text().replace("- {source:", "- {pairs: 1, source:"))
+    return Site.load(path.parent)
 
 
 @pytest.fixture

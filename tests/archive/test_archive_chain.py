@@ -29,6 +29,7 @@ from transfer_double import (
 from cumbre.archive.addresses import read_address, write_address
 from cumbre.archive.distributor import Distributor
 from cumbre.archive.replicator import Forwarder, Replicator
+from cumbre.archive.tape_writer import TapeWriter
 from cumbre.bus import Bus
 from cumbre.core.configuration import Site
 from cumbre.core.time import Clock
@@ -49,6 +50,8 @@ def make_chain(site: Site, bus: Bus, clock: Clock) -> list[object]:
     return [
         Distributor(site=site, bus=bus, clock=clock, place="archive"),
         Distributor(site=site, bus=bus, clock=clock, place="base"),
+        TapeWriter(site=site, bus=bus, clock=clock, place="archive"),
+        TapeWriter(site=site, bus=bus, clock=clock, place="base"),
         LinkProxy(site=site, bus=bus, clock=clock, source="summit", target="base"),
         LinkProxy(site=site, bus=bus, clock=clock, source="base", target="archive"),
         Replicator(site=site, bus=bus, clock=clock),
@@ -61,8 +64,8 @@ def test_every_file_reaches_both_caches_and_both_tapes(site: Site, bus: Bus, clo
         write_image(site, bus, number)
     with running(*make_chain(site, bus, clock)):
         until(lambda: len(hops(bus, "archive_tape")) == 12 and len(hops(bus, "sent")) == 12)
-        until(lambda: not list(site.path("summit/buffer/entries").iterdir()))
-        until(lambda: not list(site.path("base/buffer/entries").iterdir()))
+        until(lambda: not list(site.path("summit/buffer").rglob("entries/*")))
+        until(lambda: not list(site.path("base/buffer").rglob("entries/*")))
         manifest = key_of(1).replace("_R00_S00.fits", "_expectedSensors.json")
         until(lambda: site.path(f"archive/raw/{manifest}").is_file())
     for place in ("base", "archive"):
@@ -151,7 +154,7 @@ class Vandal:
 def test_corrupted_bytes_on_the_wire_are_sent_again(site: Site, bus: Bus, clock: Clock) -> None:
     base = Distributor(site=site, bus=bus, clock=clock, place="base")
     vandal = Vandal(base.address, 2)
-    write_address(site, "wan-summit-base", vandal.listener.getsockname())
+    write_address(site, "wan-summit-base-1", vandal.listener.getsockname())
     paths = write_image(site, bus, 1)
     with running(base, Replicator(site=site, bus=bus, clock=clock)):
         until(lambda: stored(site, "base") == keys(range(1, 2)))
@@ -168,10 +171,10 @@ def test_damage_in_the_buffer_is_repaired_or_quarantined(site: Site, bus: Bus, c
     write_image(site, bus, 1)
     until(lambda: first.step(0.05) > 0 and len(first.buffer) == 5)
     first.close()
-    copy = site.path(f"summit/buffer/data/{key_of(1, 'R00_S00')}")
+    copy = site.path(f"summit/buffer/pair-1/data/{key_of(1, 'R00_S00')}")
     copy.unlink()  # a hard link: the source must stay whole here
     copy.write_bytes(b"rubbish")
-    both = site.path(f"summit/buffer/data/{key_of(1, 'R00_S01')}")
+    both = site.path(f"summit/buffer/pair-1/data/{key_of(1, 'R00_S01')}")
     both.write_bytes(b"rubbish too")
     base = Distributor(site=site, bus=bus, clock=clock, place="base")
     proxy = LinkProxy(site=site, bus=bus, clock=clock, source="summit", target="base")
@@ -192,7 +195,8 @@ def test_other_content_under_a_known_key(site: Site, bus: Bus, clock: Clock) -> 
     base = Distributor(site=site, bus=bus, clock=clock, place="base")
     proxy = LinkProxy(site=site, bus=bus, clock=clock, source="summit", target="base")
     replicator = Replicator(site=site, bus=bus, clock=clock)
-    with running(base, proxy, replicator):
+    tape = TapeWriter(site=site, bus=bus, clock=clock, place="base")
+    with running(base, tape, proxy, replicator):
         until(lambda: len(hops(bus, "base_tape")) == 4 and len(replicator.buffer) == 0)
         until(
             lambda: {h["place"] for h in hops(bus, "quarantined", outcome="Conflict")} == {"base", "summit"}
@@ -225,40 +229,47 @@ from cumbre.core.configuration import Site
 from cumbre.core.time import Clock
 site = Site.load(Path(sys.argv[1])); clock = Clock.load(site.clock_path)
 bus = open_bus(f"sqlite:///{site.root}/bus/bus.db", identity="base", clock=clock)
-from cumbre.archive.distributor import Distributor
-import cumbre.archive.distributor as module
-base = Distributor(site=site, bus=bus, clock=clock, place="base")
 die = sys.argv[2]
-if die == "hop":
-    module.publish_hops = lambda *_: os.kill(os.getpid(), 9)
-elif die == "tape":
-    sync, count = base._tape.sync, [0]
+if die == "tape":
+    from cumbre.archive.tape_writer import TapeWriter
+    service = TapeWriter(site=site, bus=bus, clock=clock, place="base")
+    sync, count = service._tape.sync, [0]
     def dying():
         count[0] += 1
         if count[0] == 2:
-            base._tape._stream.flush()
+            service._tape._stream.flush()
             os.kill(os.getpid(), 9)
         sync()
-    base._tape.sync = dying
+    service._tape.sync = dying
+else:
+    from cumbre.archive.distributor import Distributor
+    import cumbre.archive.distributor as module
+    service = Distributor(site=site, bus=bus, clock=clock, place="base")
+    if die == "hop":
+        module.publish_hops = lambda *_: os.kill(os.getpid(), 9)
 while True:
-    base.step(0.1)
+    service.step(0.1)
 """
 
 
 @pytest.mark.parametrize("moment", ["hop", "tape", "any"])
-def test_a_killed_distributor_goes_on(site: Site, bus: Bus, clock: Clock, moment: str) -> None:
+def test_a_killed_distributor_or_tape_writer_goes_on(site: Site, bus: Bus, clock: Clock, moment: str) -> None:
     process = subprocess.Popen([sys.executable, "-c", SERVICE, str(site.root), moment])
     proxy = LinkProxy(site=site, bus=bus, clock=clock, source="summit", target="base")
     replicator = Replicator(site=site, bus=bus, clock=clock)
-    with running(proxy, replicator):
-        until(lambda: site.path("run/base.addr").is_file())
+    base = [Distributor(site=site, bus=bus, clock=clock, place="base")] if moment == "tape" else []
+    with running(proxy, replicator, *base):
+        until(lambda: site.path("run/base-1.addr").is_file())
         for number in range(1, 7):
             write_image(site, bus, number, size=200_000)
         if moment == "any":
             until(lambda: len(hops(bus, "at_base")) >= 3)
             process.send_signal(signal.SIGKILL)
         assert process.wait(20) == -signal.SIGKILL
-        with running(Distributor(site=site, bus=bus, clock=clock, place="base")):
+        again = [TapeWriter(site=site, bus=bus, clock=clock, place="base")]
+        if not base:
+            again.append(Distributor(site=site, bus=bus, clock=clock, place="base"))
+        with running(*again):
             until(lambda: len({(h["obsId"], h["detector"]) for h in hops(bus, "base_tape")}) == 24)
             until(lambda: len({(h["obsId"], h["detector"]) for h in hops(bus, "at_base")}) == 24)
             until(lambda: len(replicator.buffer) == 0)
@@ -269,7 +280,7 @@ def test_a_killed_distributor_goes_on(site: Site, bus: Bus, clock: Clock, moment
 
 
 def test_a_killed_replicator_goes_on(site: Site, bus: Bus, clock: Clock) -> None:
-    script = SERVICE.partition("from cumbre.archive.distributor")[0] + (
+    script = SERVICE.partition("die = ")[0] + (
         "from cumbre.archive.replicator import Replicator\n"
         "relay = Replicator(site=site, bus=bus, clock=clock)\n"
         "while True:\n    relay.step(0.1)\n"
@@ -305,10 +316,10 @@ def test_files_without_events_are_caught_up(site: Site, bus: Bus, clock: Clock) 
 
 def test_the_link_has_the_latency_and_bandwidth_it_is_told(site: Site, clock: Clock) -> None:
     server = socket.create_server(("127.0.0.1", 0))
-    write_address(site, "base", server.getsockname())
+    write_address(site, "base-1", server.getsockname())
     control_link(site, "summit", "base", latency_ms=600, bandwidth_mbit_s=8)  # 0.1 s and 6 MB/s at rate 6
     proxy = LinkProxy(site=site, clock=clock, source="summit", target="base")
-    near = socket.create_connection(read_address(site, "wan-summit-base"))
+    near = socket.create_connection(read_address(site, "wan-summit-base-1"))
     far, _ = server.accept()
     try:
         begin = time.monotonic()

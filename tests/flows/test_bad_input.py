@@ -32,8 +32,8 @@ RATE = 10.0
 IMAGE_TIMEOUT_S = 60.0
 LIMIT_S = 45.0
 ROLES = (
-    "ledger, headers, writer, replicator, base, archive, forwarder, wan-summit-base, wan-base-archive, oods,"
-    " embargo, prompt"
+    "ledger, headers, writer, replicator, base, archive, forwarder, tape-base, tape-archive, wan-summit-base,"
+    " wan-base-archive, oods, embargo, prompt"
 )
 TRUNCATED, CHECKSUM, UNKNOWN, NO_PLACE, UNANNOUNCED, NO_TEMPLATE, NO_STARS, MISSING, HUGE, JUNK_RECORD = (
     range(1, 11)

@@ -188,7 +188,10 @@ def site(tmp_path):
     root = tmp_path / "site"
     create_site(root, instrument="microobservatory", simulated=False)
     path = root / SITE_FILE
-    roles = "ledger, replicator, base, archive, forwarder, wan-summit-base, wan-base-archive, embargo"
+    roles = (
+        "ledger, replicator, base, archive, forwarder, tape-base, tape-archive, wan-summit-base,"
+        " wan-base-archive, embargo"
+    )
     text = (
         path.read_text()
         .replace("latency_ms: 60", "latency_ms: 0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cumbre.archive.pairs import distributor_name
 from cumbre.core.configuration import Link, Site
 from cumbre.core.errors import NotFoundError, TransientError
 from cumbre.stores.files import write_atomic
@@ -55,8 +56,8 @@ def link_of(site: Site, source: str, target: str) -> Link:
     raise NotFoundError(f"{site.root}: links: no link {source} → {target} in site.yaml")
 
 
-def route(site: Site, source: str, target: str) -> Address:
-    """Where to connect for a link: its simulated network where the site is simulated, else the receiver.
+def route(site: Site, source: str, target: str, pair: int = 1) -> Address:
+    """Where a pair's sender connects: the simulated network where the site is simulated, else the receiver.
 
     Raises
     ------
@@ -65,5 +66,7 @@ def route(site: Site, source: str, target: str) -> Address:
     """
     link = link_of(site, source, target)
     if site.config.simulator is not None and (link.latency_ms or link.bandwidth_mbit_s):
-        return read_address(site, f"wan-{source}-{target}")
-    return read_address(site, target)
+        return read_address(site, f"wan-{source}-{target}-{pair}")
+    if link.addresses:
+        return parse_address(link.addresses[(pair - 1) % len(link.addresses)])
+    return read_address(site, distributor_name(target, pair))

@@ -1,7 +1,8 @@
-"""Distributor: receives files over the link into the raw cache of a place, tells the ledger, writes tape.
+"""Distributor: receives files over the link into the raw cache of a place and tells the ledger.
 
-The sender is answered after the file is on disk; the hop and the tape follow. Whatever a crash leaves
-undone is found by a scan of the raw cache at the start and again from time to time.
+The sender is answered after the file is on disk; the hop follows, and the tape of the place follows the hop
+(:mod:`cumbre.archive.tape_writer`). Whatever a crash leaves undone is found by a scan of the raw cache at the
+start and again from time to time.
 """
 
 from __future__ import annotations
@@ -9,15 +10,14 @@ from __future__ import annotations
 import logging
 import queue
 import time
-from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cumbre.archive.addresses import parse_address, write_address
 from cumbre.archive.journal import Journal, group_of, is_settled, raw_files
+from cumbre.archive.pairs import distributor_name
 from cumbre.archive.protocol import Parcel
 from cumbre.archive.receiver import Receiver
-from cumbre.archive.tape import TapeArchive
 from cumbre.capture.hops import Piece, detector_ids, hop_fields, piece_of, publish_hop, publish_hops
 from cumbre.capture.keys import RawKey
 from cumbre.core.errors import ConfigurationError, CumbreError
@@ -31,10 +31,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ANNOUNCED = "announced"
-TAPED = "taped"
-"""On tape, and the ledger was told: a process killed between the two tells it when it comes back."""
-UNUSABLE = "unusable"
-TAPE_BATCH = 8
 
 
 class Distributor:
@@ -43,13 +39,15 @@ class Distributor:
     Parameters
     ----------
     place
-        Name of the place; also the service's name, of its hops ``at_<place>`` and ``<place>_tape``.
+        Name of the place; also the service's name and that of its hops ``at_<place>``.
     scan_every_s
         Real seconds between scans of the raw cache.
     """
 
-    def __init__(self, *, site: Site, bus: Bus, clock: Clock, place: str, scan_every_s: float = 60.0) -> None:
-        self.name = self._place = place
+    def __init__(
+        self, *, site: Site, bus: Bus, clock: Clock, place: str, pair: int = 1, scan_every_s: float = 60.0
+    ) -> None:
+        self.name, self._place = distributor_name(place, pair), place
         self._site, self._bus, self._clock = site, bus, clock
         settings = site.config.places[place]
         if "://" in settings.raw:
@@ -59,11 +57,6 @@ class Distributor:
         self._raw = site.path(settings.raw)
         self._ids = detector_ids(site.config)
         self._journal = Journal(site.path(f"{place}/received"))
-        self._tape = (
-            TapeArchive(site.path(settings.tape), clock=clock, label=place) if settings.tape else None
-        )
-        self._to_tape: deque[tuple[Parcel, Path]] = deque()
-        self._on_way: set[str] = set()
         self._arrivals: queue.SimpleQueue[tuple[Parcel, Path] | None] = queue.SimpleQueue()
         self._scan_every_s, self._next_scan = scan_every_s, 0.0
         self._scanned = False
@@ -75,9 +68,9 @@ class Distributor:
             arrived=lambda parcel, path: self._arrivals.put((parcel, path)),
             refused=self._refused,
             host=host,
-            port=port,
+            port=port + pair - 1 if port else 0,
         )
-        write_address(site, place, self._receiver.address)
+        write_address(site, self.name, self._receiver.address)
 
     @property
     def address(self) -> tuple[str, int]:
@@ -85,19 +78,15 @@ class Distributor:
         return self._receiver.address
 
     def step(self, timeout_s: float) -> int:
-        """Announce what arrived, write tape; gives the number of files of both."""
+        """Announce what arrived; gives the number of files."""
         if time.monotonic() >= self._next_scan:
             self._scan()
             self._next_scan = time.monotonic() + self._scan_every_s
-        arrived = self._drain(0.0 if self._to_tape else timeout_s)
-        announced = self._announce(arrived)
-        return announced + self._write_tape()
+        return self._announce(self._drain(timeout_s))
 
     def close(self) -> None:
-        """Stop listening and close the volume."""
+        """Stop listening."""
         self._receiver.close()
-        if self._tape is not None:
-            self._tape.close()
 
     def _drain(self, timeout_s: float) -> list[tuple[Parcel, Path]]:
         found: list[tuple[Parcel, Path]] = []
@@ -113,7 +102,6 @@ class Distributor:
         """Publish hops of files that are new here, then remember that they were published."""
         hops, keys = [], dict[str, None]()
         for parcel, path in arrived:
-            self._queue_for_tape(parcel, path)
             if parcel.key in keys or self._journal.has(parcel.key, ANNOUNCED):
                 continue
             keys[parcel.key] = None
@@ -144,67 +132,13 @@ class Distributor:
             **details,
         )
 
-    # tape
-
-    def _queue_for_tape(self, parcel: Parcel, path: Path) -> None:
-        if self._tape is None or parcel.key in self._on_way:
-            return
-        if self._journal.has(parcel.key, TAPED) or self._journal.has(parcel.key, UNUSABLE):
-            return
-        self._on_way.add(parcel.key)
-        self._to_tape.append((parcel, path))
-
-    def _write_tape(self) -> int:
-        """Write some waiting files in their order; arrivals are looked at between the batches."""
-        if self._tape is None or not self._to_tape:
-            return 0
-        batch = [self._to_tape.popleft() for _ in range(min(TAPE_BATCH, len(self._to_tape)))]
-        hops, done = [], list[str]()
-        try:
-            for parcel, path in batch:
-                try:
-                    entry = self._tape.append(parcel.key, path, parcel.sha256)
-                except CumbreError as error:
-                    log.error("tape of %s: %s", self._place, error)
-                    self._journal.note(parcel.key, UNUSABLE)
-                    hops += self._tape_hops(parcel, "", outcome=error.outcome, message=str(error))
-                    continue
-                entry = entry or self._tape.entry(parcel.key)
-                hops += self._tape_hops(parcel, f"{entry.volume}@{entry.offset}")
-                done.append(parcel.key)
-            self._tape.sync()
-        except OSError:
-            # Tape full or broken: nothing is forgotten, the whole batch comes again after the loop's pause.
-            self._to_tape.extendleft(reversed(batch))
-            raise
-        publish_hops(self._bus, hops)
-        for key in done:
-            self._journal.note(key, TAPED)
-        self._on_way.difference_update(parcel.key for parcel, _ in batch)
-        return len(batch)
-
-    def _tape_hops(self, parcel: Parcel, path: str, **details: Any) -> list[dict[str, Any]]:
-        if not RawKey.parse(parcel.key).is_detector:
-            return []
-        try:
-            return [self._hop(parcel, f"{self._place}_tape", path, **details)]
-        except CumbreError as error:
-            log.error("%s: %s", parcel.key, error)
-            return []
-
     # recovery and refusals
 
     def _scan(self) -> None:
-        """Find files in the raw cache whose hop or tape copy is missing."""
+        """Find files in the raw cache whose hop is missing."""
         for key in raw_files(self._raw):
             text = str(key)
-            taped = (
-                self._tape is None
-                or text in self._on_way
-                or self._journal.has(text, TAPED)
-                or self._journal.has(text, UNUSABLE)
-            )
-            if taped and self._journal.has(text, ANNOUNCED):
+            if self._journal.has(text, ANNOUNCED):
                 continue
             path = self._raw / text
             if self._scanned and not is_settled(path):

@@ -1,12 +1,14 @@
 """What was done with each key, as lines that only grow: a memory that may be lost without losing anything.
 
 Everything that a journal knows can be found out again (by hashing a file, by asking a receiver), so lines are
-not synced; a torn last line is cut off. One file an observing day keeps each small.
+not synced. One file an observing day keeps each small.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import threading
 import time
 from pathlib import Path
@@ -16,59 +18,67 @@ from cumbre.core.errors import BadFileError
 
 
 class Journal:
-    """Marks of keys, by observing day; safe to use from several threads."""
+    """Marks of keys, by observing day; safe to use from several threads and several processes.
+
+    A line is appended in one write under a lock on the file; what others appended is read when a mark is not
+    known yet. A line that a crash tore is skipped: the next one begins on a line of its own.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
         self._days: dict[int, dict[str, set[str]]] = {}
+        self._read_to: dict[int, int] = {}
 
     def has(self, key: str, mark: str) -> bool:
-        """Whether a key was marked."""
+        """Whether a key was marked, by whomever."""
+        day_obs = RawKey.parse(key).obs_id.day_obs
         with self._lock:
-            return mark in self._day(RawKey.parse(key).obs_id.day_obs).get(key, ())
+            if mark in self._days.get(day_obs, {}).get(key, ()):
+                return True
+            return mark in self._follow(day_obs).get(key, ())
 
     def note(self, key: str, mark: str) -> None:
         """Mark a key."""
         day_obs = RawKey.parse(key).obs_id.day_obs
         with self._lock:
-            marks = self._day(day_obs).setdefault(key, set())
+            marks = self._follow(day_obs).setdefault(key, set())
             if mark in marks:
                 return
             marks.add(mark)
-            with self._path(day_obs).open("ab") as stream:
-                stream.write(json.dumps([key, mark]).encode() + b"\n")
+            line = json.dumps([key, mark]).encode() + b"\n"
+            with self._path(day_obs).open("a+b", buffering=0) as stream:
+                fcntl.flock(stream, fcntl.LOCK_EX)
+                end = stream.seek(0, os.SEEK_END)
+                if end and os.pread(stream.fileno(), 1, end - 1) != b"\n":
+                    line = b"\n" + line
+                stream.write(line)
 
     def _path(self, day_obs: int) -> Path:
         return self._folder / f"{day_obs}.jsonl"
 
-    def _day(self, day_obs: int) -> dict[str, set[str]]:
-        if day_obs not in self._days:
-            self._days[day_obs] = self._read(day_obs)
-        return self._days[day_obs]
-
-    def _read(self, day_obs: int) -> dict[str, set[str]]:
-        path = self._path(day_obs)
-        found: dict[str, set[str]] = {}
+    def _follow(self, day_obs: int) -> dict[str, set[str]]:
+        """Read what was appended since the last time."""
+        found = self._days.setdefault(day_obs, {})
+        start = self._read_to.get(day_obs, 0)
         try:
-            content = path.read_bytes()
+            if self._path(day_obs).stat().st_size <= start:
+                return found
+            with self._path(day_obs).open("rb") as stream:
+                stream.seek(start)
+                content = stream.read()
         except FileNotFoundError:
-            self._folder.mkdir(parents=True, exist_ok=True)
             return found
-        good = 0
-        for line in content.splitlines(keepends=True):
+        whole = content.rfind(b"\n") + 1
+        for line in content[:whole].splitlines():
             try:
                 key, mark = json.loads(line)
                 RawKey.parse(key)
             except (ValueError, TypeError, BadFileError):
-                break
-            if not line.endswith(b"\n"):
-                break
+                continue
             found.setdefault(key, set()).add(mark)
-            good += len(line)
-        if good < len(content):
-            with path.open("r+b") as stream:
-                stream.truncate(good)
+        self._read_to[day_obs] = start + whole
         return found
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from cumbre.archive.addresses import link_of, route
 from cumbre.archive.buffer import Entry, OutageBuffer
 from cumbre.archive.journal import Journal, group_of, is_settled, raw_files
+from cumbre.archive.pairs import buffer_folder, raft_of, relay_name, share
 from cumbre.archive.protocol import Parcel
 from cumbre.archive.sender import Sender
 from cumbre.capture.hops import (
@@ -71,12 +72,15 @@ class Relay:
     tells_buffered = False
     tells_sent = False
 
-    def __init__(self, *, site: Site, bus: Bus, clock: Clock, scan_every_s: float = 20.0) -> None:
-        self._site, self._bus, self._clock = site, bus, clock
+    def __init__(
+        self, *, site: Site, bus: Bus, clock: Clock, pair: int = 1, scan_every_s: float = 20.0
+    ) -> None:
+        self._site, self._bus, self._clock, self._pair = site, bus, clock, pair
+        self.name = relay_name(self.source, pair)
         place = site.config.places[self.source]
         self._link = link_of(site, self.source, self.target)
         self._raw = site.path(place.raw)
-        self.buffer = OutageBuffer(site.path(place.buffer or f"{self.source}/buffer"))
+        self.buffer = OutageBuffer(buffer_folder(site, self.source, pair))
         self._journal = Journal(site.path(f"{self.source}/sent-{self.target}"))
         self._ids = detector_ids(site.config)
         self._subscription = bus.subscribe([HOP_TOPIC], start="earliest", consumer=f"{self.name}-hops")
@@ -149,6 +153,8 @@ class Relay:
         piece = Piece.from_hop(fields)
         for sidecar in sorted(path.parent.glob("*.json")):
             self._buffer_sidecar(sidecar, piece)
+        if not self._is_mine(key):
+            return []
         parcel = Parcel(str(key), fields["byteSize"], normal_checksum(fields["checksum"]), piece.group_id)
         added = self._add(parcel, piece)
         return [self._buffered_hop(piece, parcel)] if added and self.tells_buffered else []
@@ -170,8 +176,14 @@ class Relay:
             key = RawKey.parse(str(path.relative_to(self._raw)))
         except CumbreError:
             return
-        parcel = Parcel(str(key), path.stat().st_size, sha256_of(path), piece.group_id)
-        self._add(parcel, Piece(piece.obs_id, piece.instrument, piece.group_id))
+        if self._is_mine(key) and str(key) not in self.buffer and not self._journal.has(str(key), SENT):
+            parcel = Parcel(str(key), path.stat().st_size, sha256_of(path), piece.group_id)
+            self._add(parcel, Piece(piece.obs_id, piece.instrument, piece.group_id))
+
+    def _is_mine(self, key: RawKey) -> bool:
+        """Whether this pair sends a file: each part of an image by one pair, the sidecars by one."""
+        part = raft_of(key.part) if key.is_detector else ""
+        return share(key.obs_id, part, self._link.pairs) == self._pair
 
     def _add(self, parcel: Parcel, piece: Piece) -> bool:
         if self._journal.has(parcel.key, SENT):
@@ -182,7 +194,12 @@ class Relay:
         """Catch up: files of the source that were neither sent nor buffered, whatever became of their events."""
         for key in raw_files(self._raw):
             text = str(key)
-            if text in self.buffer or self._journal.has(text, SENT) or self._journal.has(text, LOST):
+            if (
+                not self._is_mine(key)
+                or text in self.buffer
+                or self._journal.has(text, SENT)
+                or self._journal.has(text, LOST)
+            ):
                 continue
             path = self._raw / text
             if not is_settled(path):

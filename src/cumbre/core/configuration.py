@@ -53,10 +53,57 @@ class Link(_Model):
     bandwidth_mbit_s: Annotated[float | None, Field(gt=0, description="Simulated bandwidth; null = all.")] = (
         None
     )
-    connections: Annotated[int, Field(ge=1, le=64, description="Transfers in parallel.")] = 2
-    timeout_s: Annotated[float, Field(gt=0, description="Deadline of one file's transfer, real seconds.")] = (
+    pairs: Annotated[int, Field(ge=1, le=64, description="Replicator and distributor pairs.")] = 2
+    connections: Annotated[int, Field(ge=1, le=64, description="Transfers in parallel, of each pair.")] = 2
+    addresses: Annotated[
+        list[str],
+        Field(description="host:port of each pair's distributor; empty: they run in this site's folder."),
+    ] = []
+    timeout_s: Annotated[float, Field(gt=0, description="Deadline of one try of a file, real seconds.")] = (
         30.0
     )
+    expected_s: Annotated[
+        float, Field(gt=0, description="A job that takes longer, real seconds, makes its pair local-only.")
+    ] = 20.0
+    retries: Annotated[int, Field(ge=0, description="Tries of a job's file after the first.")] = 5
+    compression: Annotated[
+        Literal["none", "zstd"], Field(description="On the wire, for files that become smaller.")
+    ] = "none"
+
+
+class Archive(_Model):
+    """How archiving is led."""
+
+    control: Annotated[
+        bool,
+        Field(description="Replicators send what the control system's jobs say; false: all that is written."),
+    ] = False
+
+
+class Control(_Model):
+    """The control systems and who may command their entities."""
+
+    start: Annotated[
+        dict[str, str],
+        Field(description="Entity: configuration. What control itself enables after a cold boot."),
+    ] = {}
+    commanders: Annotated[
+        dict[str, list[str]],
+        Field(
+            description="`Entity.command`, `Entity` or `*`: identities (patterns) that may command; the most "
+            "special key counts. People are user@host, services have the name of their role."
+        ),
+    ] = {"*": ["*@*", "control-*"]}
+    software: Annotated[
+        Literal["installed", "accepted"],
+        Field(
+            description="Software that may run: what is installed, or only versions accepted with "
+            "`cumbre doctor --accept-software`."
+        ),
+    ] = "installed"
+    lease_s: Annotated[
+        float, Field(gt=0.5, le=60, description="Real seconds of silence until the spare takes over.")
+    ] = 4.0
 
 
 class Prompt(_Model):
@@ -129,6 +176,8 @@ class SiteConfig(_Model):
     links: Annotated[list[Link], Field(description="Links between places.")] = []
     scheduler: Annotated[Scheduler, Field(description="Survey and cadence.")] = Scheduler()
     prompt: Annotated[Prompt, Field(description="Prompt processing.")] = Prompt()
+    archive: Annotated[Archive, Field(description="How archiving is led.")] = Archive()
+    control: Annotated[Control, Field(description="Control systems.")] = Control()
     retention: Annotated[Retention, Field(description="How long caches keep.")] = Retention()
     simulator: Annotated[Simulator | None, Field(description="Simulated sky; null at a real one.")] = None
     web: Annotated[Web, Field(description="Pages and APIs.")] = Web()

@@ -1,5 +1,8 @@
 """A simulated network link: a TCP proxy with latency, a bandwidth cap and outages that can be commanded.
 
+It listens once for each pair of the link and leads to the distributor of the same number; the bandwidth is
+shared by all of them. What travels inside (TLS) is nothing to it.
+
 ``run/link-<source>-<target>.json`` controls it while it runs::
 
     {"down": true, "latency_ms": 60, "bandwidth_mbit_s": 1000, "corrupt": 0.01}
@@ -23,6 +26,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cumbre.archive.addresses import link_of, read_address, write_address
+from cumbre.archive.pairs import distributor_name
 from cumbre.core.errors import TransientError
 from cumbre.stores.files import write_atomic
 
@@ -106,14 +110,17 @@ class LinkProxy:
         self._moved = 0
         self.state = LinkState()
         self._refresh()
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
-        write_address(site, self.name, self.address)
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._listeners = [
+            socket.create_server(("127.0.0.1", 0), backlog=64) for _ in range(self._link.pairs)
+        ]
+        for pair, listener in enumerate(self._listeners, 1):
+            write_address(site, f"{self.name}-{pair}", listener.getsockname()[:2])
+            threading.Thread(target=self._accept, args=(listener, pair), daemon=True).start()
 
     @property
     def address(self) -> tuple[str, int]:
-        """Where it listens."""
-        host, port = self._listener.getsockname()[:2]
+        """Where the sender of the first pair finds it."""
+        host, port = self._listeners[0].getsockname()[:2]
         return host, port
 
     def step(self, timeout_s: float) -> int:
@@ -130,9 +137,10 @@ class LinkProxy:
     def close(self) -> None:
         """Cut everything."""
         self._closed = True
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
+        for listener in self._listeners:
+            with contextlib.suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
         self._cut()
 
     def _refresh(self) -> None:
@@ -161,10 +169,12 @@ class LinkProxy:
                 with contextlib.suppress(OSError):
                     item.shutdown(socket.SHUT_RDWR)
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket, pair: int) -> None:
+        """Take the connections of one pair's sender to the distributor of the same number."""
+        receiver = distributor_name(self._target, pair)
         while not self._closed:
             try:
-                near, _ = self._listener.accept()
+                near, _ = listener.accept()
             except OSError:
                 return
             self._refresh()
@@ -172,9 +182,9 @@ class LinkProxy:
                 near.close()
                 continue
             try:
-                far = socket.create_connection(read_address(self._site, self._target), timeout=5.0)
+                far = socket.create_connection(read_address(self._site, receiver), timeout=5.0)
             except (OSError, TransientError) as error:
-                log.warning("%s: %s does not answer: %s", self.name, self._target, error)
+                log.warning("%s: %s does not answer: %s", self.name, receiver, error)
                 near.close()
                 continue
             far.settimeout(None)

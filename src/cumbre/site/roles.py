@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from cumbre.archive.pairs import distributor_name, pairs_into, relay_name
 from cumbre.bus import Bus, open_bus
 from cumbre.core.configuration import Site
 from cumbre.core.errors import ConfigurationError, NotFoundError
@@ -97,23 +98,30 @@ def _writer(site: Site, bus: Bus, clock: Clock) -> Service:
     return ImageWriter(site=site, bus=bus, clock=clock)
 
 
-def _replicator(site: Site, bus: Bus, clock: Clock) -> Service:
-    from cumbre.archive.replicator import Replicator
+def _sender(source: str, pair: int) -> Factory:
+    def make(site: Site, bus: Bus, clock: Clock) -> Service:
+        from cumbre.archive.replicator import Forwarder, Replicator
 
-    return Replicator(site=site, bus=bus, clock=clock)
+        kind = Replicator if source == Replicator.source else Forwarder
+        return kind(site=site, bus=bus, clock=clock, pair=pair)
 
-
-def _forwarder(site: Site, bus: Bus, clock: Clock) -> Service:
-    from cumbre.archive.replicator import Forwarder
-
-    return Forwarder(site=site, bus=bus, clock=clock)
+    return make
 
 
-def _distributor(place: str) -> Factory:
+def _distributor(place: str, pair: int) -> Factory:
     def make(site: Site, bus: Bus, clock: Clock) -> Service:
         from cumbre.archive.distributor import Distributor
 
-        return Distributor(site=site, bus=bus, clock=clock, place=place)
+        return Distributor(site=site, bus=bus, clock=clock, place=place, pair=pair)
+
+    return make
+
+
+def _tape(place: str) -> Factory:
+    def make(site: Site, bus: Bus, clock: Clock) -> Service:
+        from cumbre.archive.tape_writer import TapeWriter
+
+        return TapeWriter(site=site, bus=bus, clock=clock, place=place)
 
     return make
 
@@ -162,18 +170,24 @@ def _web(site: Site, bus: Bus, clock: Clock) -> Service:
 
 
 def factories(site: Site) -> dict[str, Factory]:
-    """Name of each role of this site → its factory, in the order of the data flow."""
+    """Name of each role of this site → its factory, in the order of the data flow.
+
+    ``roles`` in the site file may name all pairs at once: ``replicator`` for ``replicator-1``, ``replicator-2``…
+    """
     simulated = site.config.simulator is not None
     out: dict[str, Factory] = {"ledger": _ledger}
     if simulated:
         out |= {"scheduler": _scheduler, "camera": _camera}
-    out |= {"headers": _headers, "writer": _writer, "replicator": _replicator}
+    out |= {"headers": _headers, "writer": _writer}
     for link in site.config.links:
+        for pair in range(1, link.pairs + 1):
+            out[relay_name(link.source, pair)] = _sender(link.source, pair)
         out[f"wan-{link.source}-{link.target}"] = _link(link.source, link.target)
     for name, place in site.config.places.items():
         if place.listen is not None:
-            out[name] = _distributor(name)
-    out["forwarder"] = _forwarder
+            for pair in range(1, pairs_into(site, name) + 1):
+                out[distributor_name(name, pair)] = _distributor(name, pair)
+    out |= {f"tape-{name}": _tape(name) for name, place in site.config.places.items() if place.tape}
     if site.config.places["summit"].repository:
         out["oods"] = _ingest("summit")
     if site.config.places["archive"].repository:
@@ -182,12 +196,13 @@ def factories(site: Site) -> dict[str, Factory]:
     wanted = site.config.roles
     if wanted is None:
         return out
-    unknown = sorted(set(wanted) - set(out))
+    groups = {name: name.rpartition("-")[0] for name in out if name.rpartition("-")[2].isdigit()}
+    unknown = sorted(set(wanted) - set(out) - set(groups.values()))
     if unknown:
         raise ConfigurationError(
             f"{site.root}/site.yaml: roles = {unknown}: expected some of {', '.join(out)}, or null for all"
         )
-    return {name: make for name, make in out.items() if name in wanted}
+    return {name: make for name, make in out.items() if name in wanted or groups.get(name) in wanted}
 
 
 def roles_of(site: Site) -> list[str]:

@@ -1,0 +1,51 @@
+"""Pairs: each sending end of a link has exactly one receiving end, and both have the same number.
+
+Replicator *k* (summit to base) sends to distributor ``base-k``, forwarder *k* (base to archive) to
+``archive-k``. The distributors of one place share its raw cache; nothing else is shared between pairs.
+"""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+from cumbre.core.configuration import Site
+from cumbre.core.ids import ObsId
+
+FIRST_PLACE = "summit"
+WAVEFRONT = "wavefront"
+
+
+def relay_name(source: str, pair: int) -> str:
+    """Role of a pair's sending end: ``replicator-1`` at the summit, ``forwarder-1`` behind it."""
+    return f"{'replicator' if source == FIRST_PLACE else 'forwarder'}-{pair}"
+
+
+def distributor_name(place: str, pair: int) -> str:
+    """Role of a pair's receiving end: ``base-1``."""
+    return f"{place}-{pair}"
+
+
+def link_name(source: str, target: str) -> str:
+    """Name of a link in jobs, events and control files: ``summit-base``."""
+    return f"{source}-{target}"
+
+
+def pairs_into(site: Site, place: str) -> int:
+    """How many distributors a place has: as many as the widest link to it has pairs."""
+    return max((link.pairs for link in site.config.links if link.target == place), default=1)
+
+
+def buffer_folder(site: Site, source: str, pair: int) -> Path:
+    """The outage buffer of one pair, a folder in the buffer of its place."""
+    return site.path(site.config.places[source].buffer or f"{source}/buffer") / f"pair-{pair}"
+
+
+def raft_of(detector_name: str) -> str:
+    """What is sent together: the raft (``R22`` of ``R22_S11``), the whole name where there are no rafts."""
+    return detector_name.partition("_")[0]
+
+
+def share(obs_id: ObsId, part: str, pairs: int) -> int:
+    """Pair that sends a part of an image where nobody assigns jobs; neighbouring images take turns."""
+    return (obs_id.seq_num + zlib.crc32(part.encode())) % pairs + 1
