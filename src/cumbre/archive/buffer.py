@@ -14,13 +14,19 @@ import os
 import threading
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from cumbre.archive.pairs import buffer_folders
 from cumbre.archive.protocol import Parcel
 from cumbre.capture.hops import Piece
 from cumbre.capture.keys import RawKey
 from cumbre.core.errors import CumbreError
 from cumbre.stores.files import copy_verified, sha256_of, sync_folder, write_atomic
+
+if TYPE_CHECKING:
+    from cumbre.bus import Bus
+    from cumbre.core.configuration import Site
+    from cumbre.core.time import Clock
 
 log = logging.getLogger(__name__)
 
@@ -179,3 +185,9 @@ def _read_entry(path: Path) -> Entry:
         body["added_tai"],
         resumed=True,
     )
+
+
+def open_buffer(*, site: Site, bus: Bus, clock: Clock, place: str, pair: int = 1) -> OutageBuffer:
+    """The outage buffer of one pair of a place, as the site configures it."""
+    del bus, clock
+    return OutageBuffer(buffer_folders(site, place, pair)[0])

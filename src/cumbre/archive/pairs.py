@@ -36,9 +36,10 @@ def pairs_into(site: Site, place: str) -> int:
     return max((link.pairs for link in site.config.links if link.target == place), default=1)
 
 
-def buffer_folder(site: Site, source: str, pair: int) -> Path:
-    """The outage buffer of one pair, a folder in the buffer of its place."""
-    return site.path(site.config.places[source].buffer or f"{source}/buffer") / f"pair-{pair}"
+def buffer_folders(site: Site, source: str, pair: int) -> list[Path]:
+    """The outage buffer of one pair, a folder on each store of the buffer of its place."""
+    stores = site.config.places[source].buffers or [f"{source}/buffer"]
+    return [site.path(store) / f"pair-{pair}" for store in stores]
 
 
 def raft_of(detector_name: str) -> str:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cumbre.archive.addresses import link_of, route
-from cumbre.archive.buffer import Entry, OutageBuffer
+from cumbre.archive.buffer import Entry, open_buffer
 from cumbre.archive.journal import Journal, group_of, is_settled, raw_files
-from cumbre.archive.pairs import buffer_folder, raft_of, relay_name, share
+from cumbre.archive.pairs import raft_of, relay_name, share
 from cumbre.archive.protocol import Parcel
 from cumbre.archive.sender import Sender
 from cumbre.capture.hops import (
@@ -80,7 +80,7 @@ class Relay:
         place = site.config.places[self.source]
         self._link = link_of(site, self.source, self.target)
         self._raw = site.path(place.raw)
-        self.buffer = OutageBuffer(buffer_folder(site, self.source, pair))
+        self.buffer = open_buffer(site=site, bus=bus, clock=clock, place=self.source, pair=pair)
         self._journal = Journal(site.path(f"{self.source}/sent-{self.target}"))
         self._ids = detector_ids(site.config)
         self._subscription = bus.subscribe([HOP_TOPIC], start="earliest", consumer=f"{self.name}-hops")

@@ -36,12 +36,42 @@ class Place(_Model):
     """One data centre of the observatory."""
 
     raw: Annotated[str, Field(description="Raw cache: folder or s3:// URL.")]
-    tape: Annotated[str | None, Field(description="Folder of write-once tape volumes; null for none.")] = None
+    tape: Annotated[
+        str | None,
+        Field(
+            description="Write-once tape: folder (mounted tape, disk) or s3://bucket/prefix; null for none."
+        ),
+    ] = None
+    tape_volume_mb: Annotated[
+        float, Field(gt=0, le=5000, description="Size at which a volume is closed.")
+    ] = 4096.0
+    tape_close_s: Annotated[
+        float, Field(gt=0, description="Night time after which a volume for a bucket is closed and uploaded.")
+    ] = 900.0
+    tape_lock_days: Annotated[
+        float | None,
+        Field(gt=0, description="Object lock of uploaded volumes; null leaves it to the bucket."),
+    ] = None
     repository: Annotated[str | None, Field(description="Butler repository; null for none.")] = None
-    buffer: Annotated[str | None, Field(description="Network outage buffer in front of the link.")] = None
+    buffer: Annotated[
+        str | list[str] | None,
+        Field(
+            description="Network outage buffer in front of the link: one folder, or two on different disks."
+        ),
+    ] = None
+    buffer_gb: Annotated[
+        float | None, Field(gt=0, description="Most that the outage buffer may hold; null for no limit.")
+    ] = None
     listen: Annotated[
         str | None, Field(description="host:port of the distributor; port 0 lets the system choose.")
     ] = None
+
+    @property
+    def buffers(self) -> list[str]:
+        """Folders of the outage buffer, each on a store of its own."""
+        if isinstance(self.buffer, str):
+            return [self.buffer]
+        return self.buffer or []
 
 
 class Link(_Model):
@@ -120,6 +150,19 @@ class Prompt(_Model):
     retries: Annotated[int, Field(ge=0, description="Tries after the first, before anything is stored.")] = 2
 
 
+class CatchUp(_Model):
+    """The Catch-Up Archiver: images that did not go the usual way."""
+
+    grace_s: Annotated[
+        float, Field(ge=0, description="Night time after readout before an image is taken up.")
+    ] = 120.0
+    every_s: Annotated[float, Field(gt=0, description="Real seconds between scans.")] = 10.0
+    connections: Annotated[int, Field(ge=1, le=64, description="Transfers in parallel on each link.")] = 2
+    bandwidth_mbit_s: Annotated[
+        float | None, Field(gt=0, description="Most that it takes of each link, real time; null for all.")
+    ] = None
+
+
 class Retention(_Model):
     """How long caches keep what is archived; nothing unarchived is ever deleted."""
 
@@ -178,6 +221,7 @@ class SiteConfig(_Model):
     prompt: Annotated[Prompt, Field(description="Prompt processing.")] = Prompt()
     archive: Annotated[Archive, Field(description="How archiving is led.")] = Archive()
     control: Annotated[Control, Field(description="Control systems.")] = Control()
+    catch_up: Annotated[CatchUp, Field(description="Catch-Up Archiver.")] = CatchUp()
     retention: Annotated[Retention, Field(description="How long caches keep.")] = Retention()
     simulator: Annotated[Simulator | None, Field(description="Simulated sky; null at a real one.")] = None
     web: Annotated[Web, Field(description="Pages and APIs.")] = Web()
@@ -187,6 +231,13 @@ class SiteConfig(_Model):
     profile: Annotated[
         Literal["one-machine", "summit", "base", "archive"], Field(description="Roles here.")
     ] = "one-machine"
+
+    @model_validator(mode="after")
+    def _buffers_have_one_or_two_folders(self) -> SiteConfig:
+        for name, place in self.places.items():
+            if len(set(place.buffers)) != len(place.buffers) or len(place.buffers) > 2:
+                raise ValueError(f"places.{name}.buffer: expected one folder or two different ones")
+        return self
 
     @model_validator(mode="after")
     def _links_join_places(self) -> SiteConfig:
