@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from uuid import uuid4
 
 import pytest
 
@@ -13,18 +11,10 @@ ABC = "sha256:ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
 @pytest.fixture(params=["folder", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
     if request.param == "folder":
         return ObjectStore(tmp_path / "objects")
-    endpoint = os.environ.get("CUMBRE_TEST_S3")
-    if not endpoint:
-        pytest.skip("CUMBRE_TEST_S3 (endpoint URL of an S3 server) is not set")
-    monkeypatch.setenv("S3_ENDPOINT_URL", endpoint)
-    import boto3
-
-    bucket = f"cumbre-test-{uuid4().hex[:8]}"
-    boto3.client("s3", endpoint_url=endpoint).create_bucket(Bucket=bucket)
-    return ObjectStore(f"s3://{bucket}/site/raw")
+    return ObjectStore(f"s3://{request.getfixturevalue('s3_bucket')}/site/raw")
 
 
 def test_objects_come_back_as_they_went(store: ObjectStore, tmp_path: Path) -> None:
