@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 UNUSABLE = int(MaskPlane.unusable() | MaskPlane.SAT_TEMPLATE)
 """Mask bits of difference pixels that are not measured."""
+SHARPER = 0.88
+"""Ratio of widths below which the science image is convolved: its noise spoils the kernel, the template's hardly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +242,7 @@ def difference(science: Exposure, template: Exposure, config: DifferenceConfig |
         measure_psf(science, science_stars),
         measure_psf(template, template_stars, science),
     )
-    is_science_convolved = science_psf.fwhm_px < 0.97 * template_psf.fwhm_px
+    is_science_convolved = science_psf.fwhm_px < SHARPER * template_psf.fwhm_px
     common = common_stars(science_stars, template_stars)
     fixed, moved = (template, science) if is_science_convolved else (science, template)
     fixed_psf, moved_psf = (
