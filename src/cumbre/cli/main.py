@@ -19,6 +19,11 @@ VERBS = {
     "down": ("cumbre.cli.up", "down", "Stop a site's services."),
     "status": ("cumbre.cli.up", "status", "Show a site's services and addresses."),
     "night": ("cumbre.cli.night", "night", "Run a simulated night and report on it."),
+    "chaos": (
+        "cumbre.cli.chaos",
+        "chaos",
+        "Run a simulated night full of faults and prove that nothing is lost.",
+    ),
     "ingest": ("cumbre.cli.ingest", "ingest", "Take files of a real camera into the flow."),
     "process": ("cumbre.cli.process", "process", "Science and reference images to alerts, without a site."),
     "calibrate": (

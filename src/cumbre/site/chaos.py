@@ -1,0 +1,544 @@
+"""A night with everything going wrong: faults at random moments drawn from a seed, then the proof.
+
+The same seed, length and site give the same plan. What was done when is written to ``chaos/faults.jsonl`` in
+the site as it happens. After the last fault the site gets time to catch up; then :mod:`cumbre.site.proof`
+reads every stored byte.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cumbre.core.configuration import SITE_FILE, Site, parse_site
+from cumbre.core.errors import CumbreError, UserError
+from cumbre.core.instrument import load_instrument
+from cumbre.core.time import isot
+from cumbre.simulator.faults import (
+    CACHES,
+    STORES,
+    WHOLE_SITE,
+    Fault,
+    FaultInjector,
+    Skipped,
+    can_mount,
+    mount_disk,
+    mounted_below,
+    settle_disks,
+)
+from cumbre.site import night as nights
+from cumbre.site.profiles import create_site
+from cumbre.site.proof import Piece, Proof, outstanding, prove, taken_images
+from cumbre.site.roles import roles_of, site_database
+from cumbre.site.supervisor import postgres_pid, read_state, start_detached, stop_site
+from cumbre.stores.files import write_atomic
+
+log = logging.getLogger("cumbre")
+
+Say = Callable[[str], None]
+
+FOLDER = "chaos"
+JOURNAL = "faults.jsonl"
+INSTRUMENT_FILE = "chaoscam.yaml"
+MEAN_GAP_S = 3.5
+LONGEST_NIGHT_S = 4.5 * 3600
+FASTEST_RATE = 12.0
+MANY_VISITS = 1_000_000
+TAKEN_GRACE_S = 60.0
+"""Real seconds that the last exposures get to end after the order to stop."""
+CATCH_UP_S = 240.0
+"""Real seconds to catch up after the last fault, at least; a sixth of the run when that is longer."""
+STUCK_S = 100.0
+"""Real seconds after which problems of the proof that do not change are final."""
+POLL_S = 1.0
+DISK_MB = 48
+
+INSTRUMENT = """\
+# Small sensors: as many images as possible go through every hop in a minute.
+name: ChaosCam
+prefix: XX
+description: Two rafts of two sensors and one wavefront sensor, 128 x 64 pixels each.
+plate_scale: 40.0
+aperture_m: 1.2
+readout_s: 2.0
+raw_layout: hdu_per_amplifier
+filters:
+  - {name: r_chaos, band: r, zero_point: 26.0, wavelength_nm: [550, 700]}
+detector_types:
+  tiny:
+    nx: 128
+    ny: 64
+    pixel_mm: 0.015
+    grid: {columns: 2, rows: 1, prescan: 4, overscan: 16, gain: [1.5, 1.5], read_noise: [6.0, 6.0],
+           saturation: 56000, bias_level: [1000, 1010]}
+detectors:
+  - {type: tiny, id: 0, name: R00_S00, x_offset_mm: -1.0, y_offset_mm: -0.5}
+  - {type: tiny, id: 1, name: R00_S01, x_offset_mm: 1.0, y_offset_mm: -0.5}
+  - {type: tiny, id: 2, name: R01_S00, x_offset_mm: -1.0, y_offset_mm: 0.5}
+  - {type: tiny, id: 3, name: R01_S01, x_offset_mm: 1.0, y_offset_mm: 0.5}
+  - {type: tiny, id: 4, name: R04_SW0, x_offset_mm: 3.0, y_offset_mm: 0.0, purpose: WAVEFRONT}
+"""
+
+DECK = (
+    ("kill_service", 8), ("hang_service", 3), ("kill_worker", 1), ("kill_database", 1), ("hang_database", 1),
+    ("kill_supervisor", 1), ("link_down", 2), ("link_slow", 1), ("link_flapping", 1), ("link_corrupt", 2),
+    ("disk_full", 2), ("rotten_file", 2), ("tape_away", 1), ("clock_step", 1), ("sensor_silent", 1),
+    ("sensor_garbage", 1), ("bus_locked", 1),
+)  # fmt: skip
+"""How often each kind comes in a full deck."""
+LASTS_S: dict[str, tuple[float, float]] = {
+    "hang_service": (1.0, 8.0), "hang_database": (1.0, 5.0), "link_down": (3.0, 15.0), "link_slow": (5.0, 15.0),
+    "link_flapping": (5.0, 12.0), "link_corrupt": (5.0, 12.0), "disk_full": (2.0, 8.0), "tape_away": (3.0, 10.0),
+    "clock_step": (5.0, 15.0), "sensor_silent": (4.0, 15.0), "sensor_garbage": (4.0, 15.0),
+    "bus_locked": (1.0, 6.0),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What faults can be aimed at in one site."""
+
+    roles: list[str]
+    links: list[str]
+    disks: list[str]
+    tapes: list[str]
+    sensors: list[str]
+
+    @classmethod
+    def of(cls, site: Site) -> Targets:
+        """Everything that a site has; roles come and go with its configuration."""
+        places = site.config.places
+        instrument = load_instrument(site.config.instruments[0])
+        return cls(
+            roles=roles_of(site),
+            links=[f"{link.source}-{link.target}" for link in site.config.links],
+            disks=[WHOLE_SITE, *STORES] if can_mount() else [],
+            tapes=[place.tape for place in places.values() if place.tape],
+            sensors=[detector.name for detector in instrument.detectors],
+        )
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a run gives."""
+
+    proof: Proof
+    faults: Counter[str]
+    skipped: Counter[str]
+    worst_catch_up_s: float
+    caught_up: bool
+    wall_s: float
+    restarts: dict[str, int] = field(default_factory=dict)
+    seed: int = 0
+    journal: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Nothing lost, nothing twice."""
+        return not self.proof.lost and not self.proof.duplicated and bool(self.proof.taken)
+
+    def public(self) -> dict[str, Any]:
+        """The JSON object that is printed last."""
+        return {
+            **self.proof.public(),
+            "faults": dict(sorted(self.faults.items())),
+            "skipped_faults": dict(sorted(self.skipped.items())),
+            "worst_catch_up_s": round(self.worst_catch_up_s, 1),
+            "caught_up": self.caught_up,
+            "restarts": self.restarts,
+            "seed": self.seed,
+            "wall_s": round(self.wall_s, 1),
+            "journal": self.journal,
+        }
+
+
+def make_plan(seed: int, seconds: float, targets: Targets) -> list[Fault]:
+    """Faults of a run, by time: a function of the arguments only.
+
+    Every kind that has a target comes before any comes twice as often as the deck says.
+    """
+    chance = random.Random(f"chaos {seed}")
+    deck = _deck(chance, targets)
+    roles = _endless(chance, targets.roles)
+    plan, now = [], 2.0
+    while now < seconds:
+        kind = next(deck)
+        low, high = LASTS_S.get(kind, (0.0, 0.0))
+        lasts = min(chance.uniform(low, high), max(seconds - now, 0.5)) if high else 0.0
+        target, details = _aim(chance, kind, targets, roles)
+        plan.append(Fault(round(now, 2), kind, target, round(lasts, 2), details))
+        now += chance.expovariate(1.0 / MEAN_GAP_S)
+    return plan
+
+
+def _deck(chance: random.Random, targets: Targets) -> Iterator[str]:
+    absent = {"link_" * (not targets.links), "disk_" * (not targets.disks), "tape_" * (not targets.tapes)} - {
+        ""
+    }
+    cards = [kind for kind, count in DECK for _ in range(count) if not kind.startswith(tuple(absent) or "-")]
+    if "prompt" not in targets.roles:
+        cards = [kind for kind in cards if kind != "kill_worker"]
+    while True:
+        yield from chance.sample(cards, len(cards))
+
+
+def _endless(chance: random.Random, items: list[str]) -> Iterator[str]:
+    while True:
+        yield from chance.sample(items, len(items))
+
+
+def _aim(
+    chance: random.Random, kind: str, targets: Targets, roles: Iterator[str]
+) -> tuple[str, dict[str, float]]:
+    """Target and details of one fault."""
+    match kind:
+        case "kill_service" | "hang_service":
+            return next(roles), {}
+        case "kill_worker":
+            return "prompt", {}
+        case "kill_database" | "hang_database":
+            return "postgres", {}
+        case "kill_supervisor":
+            return "supervisor", {}
+        case "clock_step":
+            return next(roles), {"step_s": round(chance.choice((-1, 1)) * chance.uniform(2.0, 300.0), 1)}
+        case "disk_full":
+            return chance.choice(targets.disks), {}
+        case "rotten_file":
+            return chance.choice(CACHES), {}
+        case "tape_away":
+            return chance.choice(targets.tapes), {}
+        case "sensor_silent" | "sensor_garbage":
+            return chance.choice(targets.sensors), {}
+        case "bus_locked":
+            return "bus", {}
+    link = chance.choice(targets.links)
+    return link, {
+        "link_down": {},
+        "link_slow": {
+            "bandwidth_mbit_s": round(chance.uniform(0.003, 0.05), 4),
+            "latency_ms": round(chance.uniform(200.0, 4000.0)),
+        },
+        "link_flapping": {"period_s": round(chance.uniform(0.2, 1.5), 2)},
+        "link_corrupt": {"part": round(chance.uniform(0.02, 0.4), 3)},
+    }[kind]
+
+
+# the site
+
+
+def chaos_site(root: Path, seed: int, minutes: float) -> Site:
+    """Make a site with small sensors, short exposures, and stores on small disks where that is allowed."""
+    if (root / SITE_FILE).exists():
+        site = Site.load(root)
+        if site.config.simulator is None:
+            raise UserError(f"{root}: not a simulated site; faults are not caused in a real observatory")
+        return site
+    if can_mount():
+        mount_disk(root, int(400 + 60 * minutes))
+    root.mkdir(parents=True, exist_ok=True)
+    root = root.resolve()
+    write_atomic(root / INSTRUMENT_FILE, INSTRUMENT.encode())
+    site = create_site(root, instrument=str(root / INSTRUMENT_FILE), seed=seed)
+    data = yaml.safe_load((root / SITE_FILE).read_text())
+    rate = min(FASTEST_RATE, LONGEST_NIGHT_S / (minutes * 60 + TAKEN_GRACE_S))
+    data["scheduler"] = data["scheduler"] | {
+        "exposure_s": 15, "cadence_s": 22, "notice_s": 20, "tiles": 6, "max_airmass": 5.0,
+    }  # fmt: skip
+    data["simulator"] = data["simulator"] | {
+        "rate": round(rate, 3),
+        "star_density": 0.2,
+        "asteroids_per_deg2": 1,
+    }
+    for link in data["links"]:
+        link["timeout_s"] = 5.0
+    text = yaml.safe_dump(data, sort_keys=False)
+    parse_site(text, str(root / SITE_FILE))
+    write_atomic(root / SITE_FILE, text.encode())
+    if can_mount():
+        for store in STORES:
+            mount_disk(root / store, DISK_MB)
+    return Site.load(root)
+
+
+def prepare_sky_only(site: Site) -> None:
+    """Make sky and survey; templates and calibrations are left out: prompt processing says so, as it should."""
+    from cumbre.simulator.preparation import prepare_sky
+
+    sky = prepare_sky(site)
+    survey = site.root / "survey.json"
+    if not survey.exists():
+        write_atomic(survey, json.dumps([asdict(tile) for tile in sky.tiles]).encode())
+
+
+def clear(root: Path) -> None:
+    """Stop and unmount what a former run that was killed may have left in a folder."""
+    if mounted_below(root):
+        if (root / SITE_FILE).exists():
+            stop_site(Site.load(root))
+        settle_disks(root)
+
+
+def release_disks(root: Path) -> None:
+    """Keep what lies on small disks as ordinary folders; call it when the site is down."""
+    if mounted_below(root):
+        settle_disks(root)
+
+
+class _Keeper(threading.Thread):
+    """What systemd is to a real site: starts the supervisor again when it is gone."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(name="keeper", daemon=True)
+        self._site = site
+        self._ended = threading.Event()
+        self.starts = 0
+
+    def run(self) -> None:
+        while not self._ended.wait(0.5):
+            if read_state(self._site) is not None:
+                continue
+            try:
+                start_detached(self._site)
+                self.starts += 1
+            except (CumbreError, OSError) as error:
+                log.info("the supervisor does not come up yet: %s", error)
+                self._ended.wait(1.0)
+
+    def end(self) -> None:
+        self._ended.set()
+        self.join(timeout=90.0)
+
+
+class _Journal:
+    """Lines of what was done, written beside the site's data and shown to the operator."""
+
+    def __init__(self, path: Path, say: Say, begun: float) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self._say, self._begun = path, say, begun
+        self._unwritten: list[str] = []
+
+    def write(self, event: str, fault: Fault, message: str = "") -> None:
+        at = time.monotonic() - self._begun
+        entry = {"t_s": round(at, 2), "utc": isot(time.time()), "event": event, **fault.public()}
+        self._unwritten.append(json.dumps(entry | ({"message": message} if message else {})) + "\n")
+        self._say(f"{event}: {fault}" + (f": {message}" if message else ""))
+        self.flush()
+
+    def flush(self) -> None:
+        """The journal may lie on the disk that is full: its lines wait."""
+        with contextlib.suppress(OSError):
+            with self.path.open("a") as stream:
+                stream.writelines(self._unwritten)
+            self._unwritten.clear()
+
+
+@dataclass(slots=True)
+class _CatchUp:
+    """How long after each fault everything taken before its end was verified everywhere."""
+
+    waiting: list[tuple[float, set[Piece]]] = field(default_factory=list)
+    ended: list[float] = field(default_factory=list)
+    worst_s: float = 0.0
+
+    def look(self, left: set[Piece]) -> None:
+        now = time.monotonic()
+        for since in self.ended:
+            self.waiting.append((since, set(left)))
+        self.ended.clear()
+        still = []
+        for since, pieces in self.waiting:
+            rest = pieces & left
+            if rest:
+                still.append((since, rest))
+            elif pieces:
+                self.worst_s = max(self.worst_s, now - since)
+        self.waiting = still
+        for since, _ in still:
+            self.worst_s = max(self.worst_s, now - since)
+
+
+def site_pids(site: Site) -> dict[str, int]:
+    """Every process of a site that has a name: its roles, ``postgres``, ``supervisor``."""
+    state = read_state(site)
+    out: dict[str, int] = {}
+    if state is not None:
+        out = {item["name"]: int(item["pid"]) for item in state["services"] if item["pid"]}
+        out["supervisor"] = int(state["pid"])
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        if pid := postgres_pid(site):
+            out["postgres"] = pid
+    return out
+
+
+class Chaos:
+    """One run."""
+
+    def __init__(self, site: Site, *, seed: int, seconds: float, say: Say) -> None:
+        self.site, self.seed, self.seconds, self._say = site, seed, seconds, say
+        self.targets = Targets.of(site)
+        self.plan = make_plan(seed, seconds, self.targets)
+        self.faults: Counter[str] = Counter()
+        self.skipped: Counter[str] = Counter()
+        self._injector = FaultInjector(
+            site, pids=lambda: site_pids(site), chance=random.Random(f"bytes {seed}")
+        )
+        self._catch_up = _CatchUp()
+        self._restarts: dict[str, int] = {}
+
+    def run(self) -> Outcome:
+        """Start the site, let it observe among faults, end them, wait, prove, stop it."""
+        begun = time.monotonic()
+        prepare_sky_only(self.site)
+        nights.set_clock(self.site)
+        was_up = read_state(self.site) is not None
+        if not was_up:
+            start_detached(self.site)
+        keeper = _Keeper(self.site)
+        journal = _Journal(self.site.root / FOLDER / JOURNAL, self._say, time.monotonic())
+        try:
+            nights.wait_ready(self.site)
+            self._say(
+                f"services ready after {time.monotonic() - begun:.0f} s; {len(self.plan)} faults to come"
+            )
+            nights.begin(self.site, MANY_VISITS)
+            keeper.start()
+            self._cause(journal)
+            self._stop_observing()
+            proof, caught_up = self._settle()
+            journal.flush()
+        finally:
+            keeper.end()
+            if not was_up:
+                stop_site(self.site)
+        return Outcome(
+            proof, self.faults, self.skipped, self._catch_up.worst_s, caught_up, time.monotonic() - begun,
+            self._restarts, self.seed, str(journal.path),
+        )  # fmt: skip
+
+    def _cause(self, journal: _Journal) -> None:
+        """Begin and end faults until the time is over; all are ended when this returns, whatever happens."""
+        begun = time.monotonic()
+        pending, active = list(self.plan), list[tuple[Fault, float]]()
+        next_look = begun
+        try:
+            while (now := time.monotonic()) - begun < self.seconds or active:
+                for fault, since in list(active):
+                    self._injector.tick(fault, now - since)
+                    if now - since >= fault.lasts_s:
+                        active.remove((fault, since))
+                        self._end(fault, journal)
+                while pending and pending[0].at_s <= now - begun:
+                    fault = pending.pop(0)
+                    if any(fault.kind.split("_")[0] == other.kind.split("_")[0] and fault.target == other.target
+                           for other, _ in active):  # fmt: skip
+                        self.skipped[fault.kind] += 1
+                        continue
+                    if self._begin(fault, journal) and fault.lasts_s:
+                        active.append((fault, time.monotonic()))
+                if now >= next_look:
+                    next_look = now + POLL_S
+                    self._look()
+                    journal.flush()
+                time.sleep(0.05)
+        finally:
+            for fault, _ in active:
+                self._end(fault, journal)
+
+    def _begin(self, fault: Fault, journal: _Journal) -> bool:
+        try:
+            message = self._injector.begin(fault)
+        except Skipped as reason:
+            self.skipped[fault.kind] += 1
+            journal.write("skipped", fault, str(reason))
+            return False
+        except OSError as error:
+            # Such as a full disk of the whole site: the fault itself could not be written down there.
+            self.skipped[fault.kind] += 1
+            journal.write("skipped", fault, str(error))
+            return False
+        self.faults[fault.kind] += 1
+        journal.write("begin", fault, message)
+        if not fault.lasts_s:
+            self._catch_up.ended.append(time.monotonic())
+        return True
+
+    def _end(self, fault: Fault, journal: _Journal) -> None:
+        for attempt in range(20):
+            try:
+                self._injector.end(fault)
+                break
+            except OSError as error:
+                if attempt == 19:
+                    raise
+                log.info("%s does not end yet: %s", fault, error)
+                time.sleep(0.5)
+        self._catch_up.ended.append(time.monotonic())
+        journal.write("end", fault)
+
+    def _look(self) -> set[Piece] | None:
+        """What is owed now, by the ledger; None when the ledger cannot say."""
+        state = read_state(self.site)
+        if state is not None:
+            for item in state["services"]:
+                known = self._restarts.get(item["name"], 0)
+                self._restarts[item["name"]] = max(known, int(item["restarts"]))
+        try:
+            left = outstanding(self.site, site_database(self.site))
+        except (CumbreError, OSError):
+            return None
+        self._catch_up.look(left)
+        return left
+
+    def _stop_observing(self) -> None:
+        """Let what is announced or exposing end; nothing new begins."""
+        path = self.site.root / nights.CONTROL_FILE
+        order = json.loads(path.read_text())
+        write_atomic(path, json.dumps(order | {"state": "done"}).encode())
+        deadline = time.monotonic() + TAKEN_GRACE_S
+        while time.monotonic() < deadline and not nights.is_over(self.site):
+            self._look()
+            time.sleep(POLL_S)
+        self._say(f"{len(taken_images(self.site))} images taken; no faults any more; catching up")
+
+    def _settle(self) -> tuple[Proof, bool]:
+        """Wait until the ledger owes nothing, then prove; what can still heal gets time until the deadline."""
+        deadline = time.monotonic() + max(CATCH_UP_S, self.seconds / 6)
+        said: int | None = None
+        shown: list[str] = []
+        same_since = time.monotonic()
+        while True:
+            left = self._look()
+            late = time.monotonic() > deadline
+            if left is not None and len(left) != said:
+                said = len(left)
+                self._say(f"{said} detector images still owed")
+            if (left is not None and not left) or late:
+                try:
+                    proof = prove(self.site, site_database(self.site))
+                except CumbreError as error:
+                    if late:
+                        raise
+                    log.info("no proof yet: %s", error)
+                    time.sleep(POLL_S)
+                    continue
+                problems = proof.problems(1000)
+                if problems != shown:
+                    shown, same_since = problems, time.monotonic()
+                    if problems:
+                        self._say(f"not proven yet: {len(problems)} problems, the first: {problems[0]}")
+                if proof.ok or late or time.monotonic() - same_since > STUCK_S:
+                    return proof, proof.ok
+                time.sleep(5 * POLL_S)
+            time.sleep(POLL_S)
