@@ -9,6 +9,7 @@ import fitsio
 import numpy as np
 
 from cumbre.capture.daq import RawArray
+from cumbre.capture.fits_checksum import stable
 from cumbre.core.errors import BadFileError, UnprocessableDataError
 from cumbre.core.instrument import Box, Detector
 
@@ -64,7 +65,8 @@ def raw_fits_bytes(detector: Detector, array: RawArray, primary: list[Card]) -> 
     Returns
     -------
     bytes
-        FITS with RICE tile compression (lossless) and CHECKSUM and DATASUM in every HDU.
+        FITS with RICE tile compression (lossless) and CHECKSUM and DATASUM in every HDU; the same arguments
+        give the same bytes whenever and by whomever they are made.
 
     Raises
     ------
@@ -92,7 +94,7 @@ def _in_memory(detector: Detector, array: RawArray, primary: list[Card]) -> byte
                 compress="RICE_1",
             )
             fits[-1].write_checksum()
-        return bytes(fits.read_raw())
+        return stable(bytes(fits.read_raw()))
 
 
 def read_source_checksum(path: Path) -> str:
