@@ -235,15 +235,11 @@ class Identity:
         if group not in known:
             raise NotFoundError(f"group {group!r}: this site has {', '.join(known)}")
         self.ensure_account(account)
-        self._db.execute(
-            "INSERT INTO access.member VALUES (%s, %s) ON CONFLICT DO NOTHING", (account, group)
-        )
+        self._db.execute("INSERT INTO access.member VALUES (%s, %s) ON CONFLICT DO NOTHING", (account, group))
 
     def remove_member(self, account: str, group: str) -> None:
         """Take an account out of a group; again does no harm."""
-        self._db.execute(
-            "DELETE FROM access.member WHERE account = %s AND group_name = %s", (account, group)
-        )
+        self._db.execute("DELETE FROM access.member WHERE account = %s AND group_name = %s", (account, group))
 
     def groups_of(self, account: str) -> frozenset[str]:
         """Groups of an account."""
@@ -269,9 +265,7 @@ class Identity:
         """
         unknown = sorted(set(scopes) - set(SCOPES))
         if unknown or not scopes:
-            raise UserError(
-                f"scope {', '.join(unknown) or '(none)'}: expected some of {', '.join(SCOPES)}"
-            )
+            raise UserError(f"scope {', '.join(unknown) or '(none)'}: expected some of {', '.join(SCOPES)}")
         if not 0 < days <= _MAX_DAYS:
             raise UserError(f"days = {days:g}: expected more than 0 and at most {_MAX_DAYS}")
         self.ensure_account(account)
@@ -403,12 +397,21 @@ class Identity:
 
     def forget_old_counts(self) -> None:
         """Delete counts of past minutes."""
-        self._db.execute("DELETE FROM access.request_count WHERE window_start < now() - interval '10 minutes'")
+        self._db.execute(
+            "DELETE FROM access.request_count WHERE window_start < now() - interval '10 minutes'"
+        )
 
     def audit(self, who: Principal, action: str, target: str = "", outcome: str = "ok") -> None:
         """Write who did what."""
         self._db.execute(
             "INSERT INTO access.audit (account, token_id, address, action, target, outcome)"
             " VALUES (%s, %s, %s, %s, %s, %s)",
-            (who.account, who.token_id, who.address, action[:64], target[:4000].replace("\0", " "), outcome[:64]),
+            (
+                who.account,
+                who.token_id,
+                who.address,
+                action[:64],
+                target[:4000].replace("\0", " "),
+                outcome[:64],
+            ),
         )

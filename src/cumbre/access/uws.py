@@ -336,7 +336,9 @@ class JobStore:
         ]
         return self._end(job, "COMPLETED", json.dumps(packed), None, info)
 
-    def fail(self, job: Job, message: str, *, kind: str = "fatal", info: Mapping[str, Any] | None = None) -> bool:
+    def fail(
+        self, job: Job, message: str, *, kind: str = "fatal", info: Mapping[str, Any] | None = None
+    ) -> bool:
         """EXECUTING → ERROR; ``kind`` is ``fatal`` or ``transient``."""
         return self._end(job, "ERROR", "[]", {"type": kind, "message": message}, info or {})
 

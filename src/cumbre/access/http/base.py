@@ -1,0 +1,399 @@
+"""What every service shares: parameters, who asks, limits, errors as documents, work in pools of threads."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl
+from xml.sax.saxutils import escape, quoteattr
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import PlainTextResponse, Response
+
+from cumbre.access.identity import (
+    AuthenticationError,
+    AuthorizationError,
+    Identity,
+    Principal,
+    RateLimitError,
+)
+from cumbre.core.errors import ConflictError, CumbreError, NotFoundError, TransientError, UserError
+
+if TYPE_CHECKING:
+    from starlette.datastructures import UploadFile
+
+log = logging.getLogger(__name__)
+
+VOTABLE_MIME = "application/x-votable+xml"
+XML_MIME = "text/xml"
+MAX_FIELDS = 1000
+MAX_FORM_BYTES = 1 << 20
+MAX_LINKS_BYTES = 8 << 20
+REQUEST_WINDOW = "requests"
+RETRY_S = 5
+_NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+class TooLargeError(UserError):
+    """The request's body is larger than allowed."""
+
+    outcome = "UsageError"
+
+
+class UsageError(UserError):
+    """A parameter is missing or wrong."""
+
+    outcome = "UsageError"
+
+
+class BusyError(TransientError):
+    """All places of a pool and its queue are taken."""
+
+    outcome = "ServiceUnavailable"
+
+
+@dataclass
+class Parameters:
+    """Parameters of a request by DALI: names without regard to case, values in order."""
+
+    pairs: list[tuple[str, str]] = field(default_factory=list)
+    files: dict[str, UploadFile] = field(default_factory=dict)
+
+    def values(self, name: str) -> list[str]:
+        """All values of a parameter that are not empty."""
+        return [value for key, value in self.pairs if key.upper() == name.upper() and value.strip()]
+
+    def value(self, name: str) -> str | None:
+        """The value of a parameter that may be given once.
+
+        Raises
+        ------
+        UsageError
+            It is given with two different values.
+        """
+        found = list(dict.fromkeys(self.values(name)))
+        if len(found) > 1:
+            raise UsageError(f"{name} is given {len(found)} times: expected once")
+        return found[0] if found else None
+
+    def required(self, name: str) -> str:
+        """The value of a parameter that must be there.
+
+        Raises
+        ------
+        UsageError
+            It is not.
+        """
+        found = self.value(name)
+        if found is None:
+            raise UsageError(f"the parameter {name} is missing")
+        return found
+
+    def integer(self, name: str, *, least: int = 0) -> int | None:
+        """A whole number, None when absent.
+
+        Raises
+        ------
+        UsageError
+            It is no whole number, or less than ``least``.
+        """
+        text = self.value(name)
+        if text is None:
+            return None
+        if not re.fullmatch(r"\s*[+-]?\d{1,18}\s*", text) or int(text) < least:
+            raise UsageError(f"{name} = {text[:40]!r}: expected a whole number, {least} or more")
+        return int(text)
+
+    def names(self) -> set[str]:
+        """Upper-case names of what is given."""
+        return {key.upper() for key, _ in self.pairs}
+
+
+async def read_parameters(request: Request, *, limit_bytes: int = MAX_FORM_BYTES) -> Parameters:
+    """Parameters of the query string and of a form, with bounds on both.
+
+    Raises
+    ------
+    TooLargeError
+        The body is larger than ``limit_bytes``.
+    UsageError
+        The body is not a form.
+    """
+    pairs = _pairs(request.url.query)
+    files: dict[str, UploadFile] = {}
+    if request.method in ("POST", "PUT"):
+        declared = request.headers.get("content-length", "")
+        if declared.isdigit() and int(declared) > limit_bytes:
+            raise TooLargeError(_too_large(limit_bytes))
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind == "multipart/form-data":
+            bounded = Request(request.scope, _bounded(request.receive, limit_bytes))
+            try:
+                form = await bounded.form(
+                    max_files=32, max_fields=MAX_FIELDS, max_part_size=min(limit_bytes, MAX_LINKS_BYTES)
+                )
+            except (TooLargeError, ClientDisconnect):
+                raise
+            except Exception as error:
+                raise UsageError(f"the form cannot be read: {str(error)[:200]}") from error
+            for name, item in form.multi_items():
+                if isinstance(item, str):
+                    pairs.append((name, item))
+                else:
+                    files[name] = item
+        elif kind in ("application/x-www-form-urlencoded", ""):
+            body = bytearray()
+            async for block in request.stream():
+                body += block
+                if len(body) > limit_bytes:
+                    raise TooLargeError(_too_large(limit_bytes))
+            pairs += _pairs(body.decode("latin-1"))
+        else:
+            raise UsageError(
+                f"Content-Type {kind[:80]!r}: expected application/x-www-form-urlencoded or multipart/form-data"
+            )
+    return Parameters(pairs, files)
+
+
+def _pairs(text: str) -> list[tuple[str, str]]:
+    try:
+        return parse_qsl(text, keep_blank_values=True, max_num_fields=100_000, errors="replace")
+    except ValueError as error:
+        raise UsageError(f"the parameters cannot be read: {error}") from error
+
+
+def _too_large(limit_bytes: int) -> str:
+    return f"the request is larger than {limit_bytes} bytes, the most that is taken here"
+
+
+def _bounded(receive: Callable[[], Awaitable[Any]], limit: int) -> Callable[[], Awaitable[Any]]:
+    seen = 0
+
+    async def inner() -> Any:
+        nonlocal seen
+        message = await receive()
+        seen += len(message.get("body", b""))
+        if seen > limit:
+            raise TooLargeError(_too_large(limit))
+        return message
+
+    return inner
+
+
+# who asks
+
+
+def token_of(request: Request) -> str | None:
+    """The token of a request: ``Authorization: Bearer``, or the password of ``Basic``."""
+    import base64
+    import binascii
+
+    scheme, _, rest = request.headers.get("authorization", "").strip().partition(" ")
+    if not scheme:
+        return None
+    if scheme.lower() == "bearer":
+        return rest.strip()
+    if scheme.lower() == "basic":
+        try:
+            user, _, password = base64.b64decode(rest, validate=True).decode().partition(":")
+        except (binascii.Error, UnicodeDecodeError):
+            raise AuthenticationError("the Basic authorization cannot be read") from None
+        return password or user
+    raise AuthenticationError(f"authorization by {scheme[:20]!r}: expected Bearer with a token of this site")
+
+
+def who_asks(request: Request, identity: Identity) -> Principal:
+    """Who makes a request.
+
+    Raises
+    ------
+    AuthenticationError
+        A token is shown that is not valid.
+    """
+    address = request.client.host if request.client else ""
+    token = token_of(request)
+    return Principal(address=address) if token is None else identity.authenticate(token, address)
+
+
+# errors
+
+
+def status_of(error: CumbreError) -> int:
+    """HTTP status of one of our errors."""
+    if isinstance(error, AuthenticationError):
+        return 401
+    if isinstance(error, AuthorizationError):
+        return 403
+    if isinstance(error, RateLimitError):
+        return 429
+    if isinstance(error, TooLargeError):
+        return 413
+    if isinstance(error, NotFoundError):
+        return 404
+    if isinstance(error, ConflictError):
+        return 409
+    if isinstance(error, UserError):
+        return 400
+    if isinstance(error, TransientError):
+        return 503
+    return 500
+
+
+def error_headers(error: CumbreError) -> dict[str, str]:
+    """Headers that tell a client what to do."""
+    if isinstance(error, AuthenticationError):
+        return {"WWW-Authenticate": 'Bearer realm="cumbre"'}
+    if isinstance(error, RateLimitError):
+        return error.allowance.headers() | {"Retry-After": str(error.allowance.retry_after_s())}
+    if isinstance(error, TransientError):
+        return {"Retry-After": str(RETRY_S)}
+    return {}
+
+
+def xml_text(value: object) -> str:
+    """Text for an XML element."""
+    return escape(_NOT_XML.sub("\ufffd", str(value)))
+
+
+def xml_attribute(value: object) -> str:
+    """Quoted value for an XML attribute."""
+    return quoteattr(_NOT_XML.sub("\ufffd", str(value)))
+
+
+def votable_error(error: CumbreError, version: str = "1.4") -> Response:
+    """An error as a VOTable document."""
+    text = (
+        '<?xml version="1.0" encoding="UTF-8"?>\n'
+        f'<VOTABLE version="{version}" xmlns="http://www.ivoa.net/xml/VOTable/v1.3">\n<RESOURCE type="results">\n'
+        f'<INFO name="QUERY_STATUS" value="ERROR">{xml_text(error)}</INFO>\n'
+        f'<INFO name="ERROR_KIND" value={xml_attribute(error.outcome)}/>\n</RESOURCE>\n</VOTABLE>\n'
+    )
+    return Response(text, status_of(error), error_headers(error), VOTABLE_MIME)
+
+
+_DALI_WORDS = {401: "AuthenticationError", 403: "AuthorizationError", 503: "ServiceUnavailable", 500: "Error"}
+
+
+def dali_error(error: CumbreError) -> Response:
+    """An error as a line of text that begins with DALI's word for it."""
+    status = status_of(error)
+    word = (
+        error.outcome
+        if error.outcome == "MultiValuedParamNotSupported"
+        else _DALI_WORDS.get(status, "UsageError")
+    )
+    return PlainTextResponse(f"{word}: {error}\n", status, error_headers(error))
+
+
+ErrorDocument = Callable[[CumbreError], Response]
+Handler = Callable[[Request, Principal], Awaitable[Response]]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The one way in: tells who asks, counts, calls, and turns errors into documents.
+
+    Attributes
+    ----------
+    identity
+        Of the site.
+    pool
+        Threads for the database work of requests.
+    anonymous_per_minute, user_per_minute
+        Limits of requests.
+    """
+
+    identity: Identity
+    pool: Executor
+    anonymous_per_minute: int
+    user_per_minute: int
+
+    def endpoint(
+        self, handler: Handler, *, scope: str, error: ErrorDocument = dali_error
+    ) -> Callable[[Request], Awaitable[Response]]:
+        """A Starlette endpoint made of a handler.
+
+        Parameters
+        ----------
+        scope
+            What a token must allow.
+        error
+            Makes the document of an error.
+        """
+
+        async def call(request: Request) -> Response:
+            who = Principal()
+            try:
+                who, headers = await in_pool(self.pool, self._enter, request, scope)
+                response = await handler(request, who)
+            except AuthorizationError as fault:
+                await in_pool(
+                    self.pool, self.identity.audit, who, request.method, request.url.path, fault.outcome
+                )
+                return error(fault)
+            except CumbreError as fault:
+                if status_of(fault) >= 500:
+                    log.warning("%s %s: %s", request.method, request.url.path, fault)
+                return error(fault)
+            except ClientDisconnect:
+                return Response(status_code=499)
+            except Exception:
+                log.exception("%s %s", request.method, request.url.path)
+                return error(CumbreError("a fault of the service; it is in its log"))
+            response.headers.update(headers)
+            return response
+
+        return call
+
+    def _enter(self, request: Request, scope: str) -> tuple[Principal, dict[str, str]]:
+        who = who_asks(request, self.identity)
+        who.require(scope)
+        if who.is_administrator:
+            return who, {}
+        limit = self.anonymous_per_minute if who.is_anonymous else self.user_per_minute
+        return who, self.identity.count_request(who, REQUEST_WINDOW, limit).headers()
+
+
+async def in_pool[T](pool: Executor, function: Callable[..., T], *arguments: Any) -> T:
+    """Call a blocking function in a pool of threads."""
+    return await asyncio.get_running_loop().run_in_executor(pool, function, *arguments)
+
+
+async def blocks_in_pool(pool: Executor, blocks: Iterator[bytes], close: Callable[[], None]) -> Any:
+    """Blocks of a blocking iterator, one pull at a time; ``close`` is called whatever happens."""
+    end = object()
+    try:
+        while (block := await in_pool(pool, next, blocks, end)) is not end:
+            yield block
+    finally:
+        close()
+
+
+def base_url(request: Request, service: str) -> str:
+    """Absolute URL of a service as the client reaches it."""
+    return f"{str(request.base_url).rstrip('/')}/{service}"
+
+
+def safe_below(folder: Path, relative: str) -> Path:
+    """A path below a folder.
+
+    Raises
+    ------
+    NotFoundError
+        It leads out of the folder, or nothing is there.
+    """
+    path = (folder / relative).resolve()
+    if not path.is_relative_to(folder.resolve()) or not path.is_file():
+        raise NotFoundError(f"{relative}: there is no such file")
+    return path
+
+
+def lines(parts: Iterable[str]) -> str:
+    """Text of a document made of parts."""
+    return "\n".join(parts) + "\n"

@@ -1,0 +1,190 @@
+"""All services of data access in one object: routes for a server to mount, and the jobs behind them."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.routing import Route
+
+from cumbre.access.http import tap, vosi
+from cumbre.access.http.base import (
+    XML_MIME,
+    Gate,
+    base_url,
+    dali_error,
+    in_pool,
+    read_parameters,
+    votable_error,
+)
+from cumbre.access.http.examples import examples_for
+from cumbre.access.http.stream import Lanes
+from cumbre.access.http.tap import Tap, user_of
+from cumbre.access.http.uws_views import JobFace
+from cumbre.access.identity import Identity, Principal
+from cumbre.access.limits import Limits
+from cumbre.access.uws import JobStore
+from cumbre.access.uws_runner import JobRunner
+from cumbre.core.errors import TransientError
+from cumbre.stores.postgres import Database
+
+if TYPE_CHECKING:
+    from cumbre.access.engines import Engines
+    from cumbre.access.tables import Tables
+
+REQUEST_THREADS = 16
+QUERY_THREADS = 48
+RESULTS_FOLDER = "access/jobs"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the services allow.
+
+    Attributes
+    ----------
+    sync_limits, job_limits
+        What one query may cost at once and as a job.
+    upload_bytes
+        Most bytes of one request.
+    retention
+        How long jobs and their results are kept.
+    job_threads
+        Jobs at a time.
+    anonymous_per_minute, user_per_minute
+        Requests of one address without a token, and of one account.
+    """
+
+    sync_limits: Limits = field(default_factory=Limits)
+    job_limits: Limits = field(default_factory=lambda: Limits(seconds=3600.0))
+    upload_bytes: int = 64 << 20
+    retention: timedelta = timedelta(days=7)
+    job_threads: int = 3
+    anonymous_per_minute: int = 3000
+    user_per_minute: int = 12000
+
+
+class AccessService:
+    """TAP, cone search and images of a site.
+
+    Parameters
+    ----------
+    root
+        Folder of the site: results of jobs are kept below it.
+    db
+        Database of identities and jobs.
+    tables, engines
+        What can be asked and who runs it.
+    """
+
+    def __init__(
+        self, *, root: Path, db: Database, tables: Tables, engines: Engines, settings: Settings | None = None
+    ) -> None:
+        self.settings = settings or Settings()
+        self.db, self.tables, self.engines = db, tables, engines
+        self.identity = Identity(db)
+        self.store = JobStore(db, root / RESULTS_FOLDER, retention=self.settings.retention)
+        self.requests = ThreadPoolExecutor(REQUEST_THREADS, thread_name_prefix="request")
+        self.queries = ThreadPoolExecutor(QUERY_THREADS, thread_name_prefix="query")
+        self.gate = Gate(
+            self.identity, self.requests, self.settings.anonymous_per_minute, self.settings.user_per_minute
+        )
+        self.tap = Tap(
+            tables, engines, self.identity, self.store, self.queries, Lanes(), self.settings.sync_limits,
+            self.settings.job_limits, self.settings.upload_bytes,
+        )  # fmt: skip
+        self.runner = JobRunner(self.store, {tap.SERVICE: self.tap.work}, threads=self.settings.job_threads)
+        self._since = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        self._started = False
+
+    def start(self) -> None:
+        """Begin to run jobs."""
+        self.runner.start()
+        self._started = True
+
+    def step(self) -> None:
+        """Small upkeep; call it now and then."""
+        self.identity.forget_old_counts()
+
+    def close(self) -> None:
+        """Stop running jobs; those that run are taken up by the next server."""
+        if self._started:
+            self.runner.close()
+        self.requests.shutdown(wait=False, cancel_futures=True)
+        self.queries.shutdown(wait=False, cancel_futures=True)
+
+    def routes(self) -> list[Route]:
+        """Every route, to be mounted at the root of a server."""
+        return [*self._tap_routes()]
+
+    def _tap_routes(self) -> list[Route]:
+        def tap_route(path: str, handler: Any, methods: list[str]) -> Route:
+            endpoint = self.gate.endpoint(handler, scope="read:tap", error=votable_error)
+            return Route(path, endpoint, methods=methods)
+
+        jobs = JobFace(
+            service=tap.SERVICE, path="tap/async", scope="read:tap", store=self.store, runner=self.runner,
+            gate=self.gate, pool=self.requests, make=self.tap.make_job,
+            max_execution_s=int(self.settings.job_limits.seconds), body_limit=self.settings.upload_bytes,
+        )  # fmt: skip
+        return [
+            tap_route("/tap/sync", self.tap.sync, ["GET", "POST"]),
+            *jobs.routes(),
+            tap_route("/tap/tables", self._tables, ["GET"]),
+            tap_route("/tap/tables/{name}", self._one_table, ["GET"]),
+            tap_route("/tap/examples", self._examples, ["GET"]),
+            self._text("/tap/capabilities", self._tap_capabilities),
+            self._text("/tap/availability", self._availability),
+            self._text("/tap", self._to_capabilities),
+        ]
+
+    def _text(self, path: str, handler: Any) -> Route:
+        return Route(path, self.gate.endpoint(handler, scope="read:tap", error=dali_error), methods=["GET"])
+
+    async def _to_capabilities(self, request: Request, who: Principal) -> Response:
+        del who
+        return RedirectResponse(base_url(request, request.url.path.strip("/")) + "/capabilities", 303)
+
+    async def _tap_capabilities(self, request: Request, who: Principal) -> Response:
+        base = base_url(request, "tap")
+        first = await in_pool(
+            self.requests, vosi.tap_capability, base, self.tables, user_of(who), self.settings.job_limits,
+            self.settings.sync_limits, self.settings.retention, self.settings.upload_bytes,
+        )  # fmt: skip
+        services = (
+            vosi.Service("ivo://ivoa.net/std/VOSI#tables-1.1", "tables", use="full"),
+            vosi.Service("ivo://ivoa.net/std/DALI#examples", "examples", kind="vr:WebBrowser", use="full"),
+        )
+        return Response(vosi.capabilities(base, services, first), media_type=XML_MIME)
+
+    async def _availability(self, request: Request, who: Principal) -> Response:
+        del request, who
+        try:
+            await in_pool(self.requests, self.db.execute, "SELECT 1")
+        except TransientError as error:
+            return Response(vosi.availability(False, str(error), self._since), media_type=XML_MIME)
+        return Response(vosi.availability(True, "accepting queries", self._since), media_type=XML_MIME)
+
+    async def _tables(self, request: Request, who: Principal) -> Response:
+        detail = ((await read_parameters(request)).value("DETAIL") or "max").lower()
+        if detail not in ("min", "max"):
+            return PlainTextResponse(f"UsageError: detail = {detail[:40]!r}: expected min or max\n", 400)
+        text = await in_pool(
+            self.requests, lambda: vosi.tableset(self.tables, user_of(who), columns=detail == "max")
+        )
+        return Response(text, media_type=XML_MIME)
+
+    async def _one_table(self, request: Request, who: Principal) -> Response:
+        schema, _, name = request.path_params["name"].rpartition(".")
+        found = await in_pool(self.requests, self.tables.find, schema or None, name, user_of(who))
+        return Response(vosi.one_table(found, self.tables), media_type=XML_MIME)
+
+    async def _examples(self, request: Request, who: Principal) -> Response:
+        visible = await in_pool(self.requests, lambda: list(self.tables.visible(user_of(who))))
+        page = vosi.examples_page(examples_for(visible), base_url(request, "tap"))
+        return Response(page, media_type="application/xhtml+xml")

@@ -1,0 +1,191 @@
+"""From a thread that writes a document to a response that is sent piece by piece.
+
+The thread runs in a lane. Every query starts in the quick lane; one that lives longer than a second gives its
+place there to others and goes on in the slow lane. So a short query never waits behind long ones; when the slow
+lane is full too, the long query ends with a word about asynchronous jobs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Executor
+from contextlib import contextmanager
+
+from cumbre.access.http.base import BusyError
+
+HELD_BYTES = 1 << 14
+BLOCKS_AHEAD = 8
+QUICK_S = 1.0
+QUEUE_S = 30.0
+
+
+class Lanes:
+    """Places for queries that are answered at once.
+
+    Parameters
+    ----------
+    quick, slow
+        Queries at a time in each lane.
+    """
+
+    def __init__(self, quick: int = 8, slow: int = 8) -> None:
+        self._quick, self._slow = threading.Semaphore(quick), threading.Semaphore(slow)
+
+    @contextmanager
+    def place(self, cancel: Callable[[], None]) -> Iterator[threading.Event]:
+        """Hold a place while the block runs.
+
+        Parameters
+        ----------
+        cancel
+            Stops the block's work when it is long and the slow lane is full.
+
+        Yields
+        ------
+        threading.Event
+            Set when the work was stopped for want of a place.
+
+        Raises
+        ------
+        BusyError
+            No place came free in time.
+        """
+        if not self._quick.acquire(timeout=QUEUE_S):
+            raise BusyError("many queries are running; try again in a few seconds")
+        lock, state, pushed_out = threading.Lock(), {"held": self._quick}, threading.Event()
+
+        def promote() -> None:
+            with lock:
+                if state["held"] is not self._quick:
+                    return
+                if self._slow.acquire(blocking=False):
+                    state["held"] = self._slow
+                    self._quick.release()
+                    return
+            pushed_out.set()
+            cancel()
+
+        timer = threading.Timer(QUICK_S, promote)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield pushed_out
+        finally:
+            timer.cancel()
+            with lock:
+                state["held"].release()
+                state["held"] = threading.Semaphore()
+
+
+class Pipe:
+    """Bytes written by one thread, read by the event loop; the writer waits when the reader is slow.
+
+    The first bytes are held back until there are some kilobytes of them or the writer ended, so that an error at
+    the start can still become an answer of its own.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._queue: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self._room = threading.Semaphore(BLOCKS_AHEAD)
+        self._started = asyncio.Event()
+        self._held: list[bytes] = []
+        self._held_bytes = 0
+        self.flushed = False
+        self.gone = threading.Event()
+        """Set when the client went away."""
+
+    # writer
+
+    def write(self, block: bytes | bytearray | memoryview) -> int:
+        """Pass a block on.
+
+        Raises
+        ------
+        BrokenPipeError
+            The client is gone.
+        """
+        piece = bytes(block)
+        if self.flushed:
+            self._send(piece)
+            return len(piece)
+        self._held.append(piece)
+        self._held_bytes += len(piece)
+        if self._held_bytes >= HELD_BYTES:
+            self._flush()
+        return len(piece)
+
+    def _flush(self) -> None:
+        held, self._held = b"".join(self._held), []
+        self.flushed = True
+        if held:
+            self._send(held)
+        self._tell(self._started.set)
+
+    def _send(self, block: bytes) -> None:
+        while not self._room.acquire(timeout=0.5):
+            if self.gone.is_set():
+                break
+        if self.gone.is_set():
+            raise BrokenPipeError("the client is gone")
+        self._tell(lambda: self._queue.put_nowait(block))
+
+    def finish(self) -> None:
+        """No more blocks come."""
+        if not self.flushed:
+            with contextlib.suppress(BrokenPipeError):
+                self._flush()
+        self._tell(lambda: self._queue.put_nowait(None))
+
+    def drop(self) -> None:
+        """Forget what is held back: an answer of its own takes its place."""
+        self._held = []
+        self._tell(self._started.set)
+
+    def _tell(self, call: Callable[[], object]) -> None:
+        with contextlib.suppress(RuntimeError):  # the server is closing its loop
+            self._loop.call_soon_threadsafe(call)
+
+    # reader
+
+    async def started(self) -> None:
+        """Wait for the first bytes, or the end."""
+        await self._started.wait()
+
+    async def blocks(self, ended: Callable[[], None]) -> AsyncIterator[bytes]:
+        """All blocks; ``ended`` is called when the client leaves or everything was sent."""
+        try:
+            while (block := await self._queue.get()) is not None:
+                self._room.release()
+                yield block
+        finally:
+            self.gone.set()
+            ended()
+
+
+async def start_writing(pool: Executor, pipe: Pipe, work: Callable[[Pipe], None]) -> asyncio.Future[None]:
+    """Run ``work`` in the pool and wait until the pipe begins or the work failed.
+
+    Raises
+    ------
+    CumbreError
+        What the work raised before anything was sent.
+    """
+
+    def run() -> None:
+        try:
+            work(pipe)
+        except BaseException:
+            if not pipe.flushed:
+                pipe.drop()
+                raise
+        pipe.finish()
+
+    future = asyncio.get_running_loop().run_in_executor(pool, run)
+    await pipe.started()
+    if not pipe.flushed:
+        await future
+    return future
