@@ -233,14 +233,13 @@ die = sys.argv[2]
 if die == "tape":
     from cumbre.archive.tape_writer import TapeWriter
     service = TapeWriter(site=site, bus=bus, clock=clock, place="base")
-    sync, count = service._tape.sync, [0]
+    tape = service._mounted()
+    sync = tape.sync
     def dying():
-        count[0] += 1
-        if count[0] == 2:
-            service._tape._stream.flush()
-            os.kill(os.getpid(), 9)
-        sync()
-    service._tape.sync = dying
+        if len(tape) and tape._unsynced:
+            os.kill(os.getpid(), 9)  # the volume has grown, the index does not know it
+        return sync()
+    tape.sync = dying
 else:
     from cumbre.archive.distributor import Distributor
     import cumbre.archive.distributor as module

@@ -25,6 +25,16 @@ VOLUMES_FILE = "volumes.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
+class Sky:
+    """When and where an image was taken: fields of a :class:`TapeEntry`."""
+
+    begin_tai: float | None = None
+    ra: float | None = None
+    dec: float | None = None
+    radius_deg: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class TapeEntry:
     """One file on tape.
 
@@ -64,6 +74,11 @@ class TapeEntry:
         """``volume@offset``, the path that the ledger keeps."""
         return f"{self.volume}@{self.offset}"
 
+    @property
+    def sky(self) -> Sky:
+        """When and where it was taken."""
+        return Sky(self.begin_tai, self.ra, self.dec, self.radius_deg)
+
     def line(self) -> bytes:
         """Its line of the index."""
         known = {name: value for name, value in asdict(self).items() if value not in (None, "")}
@@ -79,16 +94,6 @@ class Volume:
     sha256: str
     files: int
     closed_tai: float
-
-
-@dataclass(frozen=True, slots=True)
-class Sky:
-    """When and where an image was taken: fields of a :class:`TapeEntry`."""
-
-    begin_tai: float | None = None
-    ra: float | None = None
-    dec: float | None = None
-    radius_deg: float | None = None
 
 
 @dataclass(slots=True)
@@ -197,9 +202,9 @@ def _in_cone(entries: list[TapeEntry], cone: tuple[float, float, float]) -> list
     known = [entry for entry in entries if entry.ra is not None and entry.dec is not None]
     if not known:
         return []
-    distance = separation_deg([e.ra for e in known], [e.dec for e in known], cone[0], cone[1])
-    limit = cone[2] + np.array([entry.radius_deg or 0.0 for entry in known])
-    return [entry for entry, near in zip(known, distance <= limit, strict=True) if near]
+    circles = np.array([(e.ra, e.dec, e.radius_deg or 0.0) for e in known], float).T
+    near = separation_deg(circles[0], circles[1], cone[0], cone[1]) <= cone[2] + circles[2]
+    return [entry for entry, chosen in zip(known, near, strict=True) if chosen]
 
 
 def read_lines[T](path: Path, kind: type[T]) -> list[T]:
