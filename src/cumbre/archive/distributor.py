@@ -7,21 +7,26 @@ start and again from time to time.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cumbre.archive.addresses import parse_address, write_address
+from cumbre.archive.certificates import Security
+from cumbre.archive.guard import Refusal
 from cumbre.archive.journal import Journal, group_of, is_settled, raw_files
 from cumbre.archive.pairs import distributor_name
 from cumbre.archive.protocol import Parcel
 from cumbre.archive.receiver import Receiver
+from cumbre.archive.server import ImageServer
 from cumbre.capture.hops import Piece, detector_ids, hop_fields, piece_of, publish_hop, publish_hops
 from cumbre.capture.keys import RawKey
 from cumbre.core.errors import ConfigurationError, CumbreError
-from cumbre.stores.files import sha256_of
+from cumbre.stores.files import PREFIX, sha256_of
 
 if TYPE_CHECKING:
     from cumbre.bus import Bus
@@ -31,6 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ANNOUNCED = "announced"
+REPORT_EVERY_S = 5.0
 
 
 class Distributor:
@@ -47,7 +53,7 @@ class Distributor:
     def __init__(
         self, *, site: Site, bus: Bus, clock: Clock, place: str, pair: int = 1, scan_every_s: float = 60.0
     ) -> None:
-        self.name, self._place = distributor_name(place, pair), place
+        self.name, self._place, self._pair = distributor_name(place, pair), place, pair
         self._site, self._bus, self._clock = site, bus, clock
         settings = site.config.places[place]
         if "://" in settings.raw:
@@ -60,15 +66,23 @@ class Distributor:
         self._arrivals: queue.SimpleQueue[tuple[Parcel, Path] | None] = queue.SimpleQueue()
         self._scan_every_s, self._next_scan = scan_every_s, 0.0
         self._scanned = False
+        self._next_report = 0.0
+        self._images = ImageServer(self._raw, self._checksum_of)
         host, port = parse_address(settings.listen or "127.0.0.1:0")
         self._receiver = Receiver(
             root=self._raw,
             quarantine_folder=site.path(f"{place}/quarantine"),
             clock=clock,
-            arrived=lambda parcel, path: self._arrivals.put((parcel, path)),
+            arrived=self._arrived,
             refused=self._refused,
             host=host,
             port=port + pair - 1 if port else 0,
+            name=self.name,
+            security=Security.of(site, place),
+            sources=[link.source for link in site.config.links if link.target == place],
+            turned_away=self._turned_away,
+            expected=self._expected,
+            images=self._images,
         )
         write_address(site, self.name, self._receiver.address)
 
@@ -82,6 +96,9 @@ class Distributor:
         if time.monotonic() >= self._next_scan:
             self._scan()
             self._next_scan = time.monotonic() + self._scan_every_s
+        if time.monotonic() >= self._next_report:
+            self._report()
+            self._next_report = time.monotonic() + REPORT_EVERY_S
         return self._announce(self._drain(timeout_s))
 
     def close(self) -> None:
@@ -121,6 +138,8 @@ class Distributor:
         key = RawKey.parse(parcel.key)
         known = piece_of(key.instrument, key.obs_id, key.part, self._ids)
         piece = Piece(known.obs_id, known.instrument, parcel.group_id, known.detector, known.detector_name)
+        if parcel.mode:
+            details = {"message": f"mode {parcel.mode}"} | details
         return hop_fields(
             self._clock,
             piece,
@@ -130,6 +149,52 @@ class Distributor:
             byte_size=parcel.size,
             checksum=parcel.sha256,
             **details,
+        )
+
+    # what receiver threads tell
+
+    def _arrived(self, parcel: Parcel, path: Path) -> None:
+        """Remember the checksum with which it came, for those who ask for it later."""
+        self._journal.note(parcel.key, parcel.sha256)
+        self._arrivals.put((parcel, path))
+
+    def _checksum_of(self, key: str) -> str | None:
+        return next((mark for mark in self._journal.marks(key) if mark.startswith(PREFIX)), None)
+
+    def _expected(self, said: dict[str, Any]) -> None:
+        host, port = self._receiver.address
+        with contextlib.suppress(CumbreError):
+            names = said.get("detectors")
+            self._bus.publish(
+                "Replicator.expected",
+                {
+                    "name": self.name,
+                    "place": self._place,
+                    "address": f"{host}:{port}",
+                    "obsId": str(said.get("obs_id", ""))[:40],
+                    "part": str(said.get("part", ""))[:48],
+                    "detectors": [str(name)[:32] for name in names[:512]] if isinstance(names, list) else [],
+                    "mode": str(said.get("mode", ""))[:256],
+                },
+            )
+
+    def _turned_away(self, refusal: Refusal) -> None:
+        self._bus.publish("Replicator.refusal", {"name": self.name, "place": self._place} | asdict(refusal))
+
+    def _report(self) -> None:
+        receiver = self._receiver
+        self._bus.publish(
+            "Replicator.distributor",
+            {
+                "name": self.name,
+                "place": self._place,
+                "pair": self._pair,
+                "connections": receiver.connections,
+                "receivedBytes": receiver.received_bytes,
+                "resumedBytes": receiver.intake.resumed_bytes,
+                "served": self._images.served,
+                "refused": receiver.guard.counts.total(),
+            },
         )
 
     # recovery and refusals

@@ -39,6 +39,12 @@ class Journal:
                 return True
             return mark in self._follow(day_obs).get(key, ())
 
+    def marks(self, key: str) -> frozenset[str]:
+        """All marks of a key."""
+        day_obs = RawKey.parse(key).obs_id.day_obs
+        with self._lock:
+            return frozenset(self._follow(day_obs).get(key, ()))
+
     def note(self, key: str, mark: str) -> None:
         """Mark a key."""
         day_obs = RawKey.parse(key).obs_id.day_obs

@@ -3,13 +3,14 @@
 A frame is the word ``CMB1``, the length and the CRC-32 of its body (both 4 bytes, big endian), and the body:
 one JSON object of at most 64 KiB. The sender says::
 
-    {"op": "offer", key, size, sha256, obs_id, instrument, group_id}     do you have it, do you want it?
-    {"op": "put", …the same…}  followed by exactly ``size`` raw bytes
+    {"op": "ping"}                                   are you there?
+    {"op": "expect", obs_id, part, …}                these files will come
+    {"op": "offer", key, size, sha256, group_id, mode}      do you have it, do you want it?
+    {"op": "put", …the same…, offset, encoding}      followed by the bytes from ``offset`` on
+    {"op": "get", instrument, obs_id, detector, wait_s}     give me this image, wait until it is there
 
-and the receiver answers each with ``{"answer": …}``: ``send`` (wanted), ``have`` (there already with the same
-checksum), ``ok`` (received, verified, on disk), ``corrupt`` (the bytes that came have another checksum),
-``conflict`` (there already with other content; the new one is in quarantine), ``refused`` (never, with
-``error``), ``later`` (disk full and the like). Nothing is trusted: lengths are checked before memory is taken.
+and the receiver answers each with ``{"answer": …}``; docs/reference/transfer-protocol.md has all of them.
+Nothing is trusted: lengths are checked before memory is taken.
 """
 
 from __future__ import annotations
@@ -57,12 +58,15 @@ class Parcel:
         Bytes, and ``sha256:<hex>`` of them.
     group_id
         Group of exposures, which the key does not have.
+    mode
+        Configuration of the archiver under which it is sent; the copies are tagged with it.
     """
 
     key: str
     size: int
     sha256: str
     group_id: str = ""
+    mode: str = ""
 
     @classmethod
     def checked(cls, fields: dict[str, Any], *, max_bytes: int = MAX_FILE_BYTES) -> Parcel:
@@ -74,7 +78,7 @@ class Parcel:
             A field is missing or not what it may be.
         """
         key, size, sha256 = fields.get("key"), fields.get("size"), fields.get("sha256")
-        group_id = fields.get("group_id", "")
+        group_id, mode = fields.get("group_id", ""), fields.get("mode", "")
         if not isinstance(key, str):
             raise BadFileError("key: expected a text")
         RawKey.parse(key)
@@ -82,9 +86,10 @@ class Parcel:
             raise BadFileError(f"{key}: size = {size!r}: expected 1 to {max_bytes} bytes")
         if not isinstance(sha256, str) or _SHA256.fullmatch(sha256) is None:
             raise BadFileError(f"{key}: sha256 = {str(sha256)[:80]!r}: expected sha256: and 64 hex digits")
-        if not isinstance(group_id, str) or len(group_id) > _MAX_WORD:
-            raise BadFileError(f"{key}: group_id: expected a text of at most {_MAX_WORD} characters")
-        return cls(key, size, sha256, group_id)
+        for name, word in (("group_id", group_id), ("mode", mode)):
+            if not isinstance(word, str) or len(word) > _MAX_WORD:
+                raise BadFileError(f"{key}: {name}: expected a text of at most {_MAX_WORD} characters")
+        return cls(key, size, sha256, group_id, mode)
 
     def fields(self, operation: str) -> dict[str, Any]:
         """The body of an ``offer`` or ``put`` frame."""

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cumbre.archive.addresses import link_of, route
+from cumbre.archive.addresses import link_of
 from cumbre.archive.buffer import Entry, open_buffer
 from cumbre.archive.journal import Journal, group_of, is_settled, raw_files
 from cumbre.archive.pairs import raft_of, relay_name, share
@@ -234,9 +234,7 @@ class Relay:
                 continue
             try:
                 if sender is None:
-                    sender = Sender(
-                        route(self._site, self.source, self.target), timeout_s=self._link.timeout_s
-                    )
+                    sender = Sender.to(self._site, self.source, self.target, pair=self._pair)
             except CumbreError as error:
                 self.buffer.give_back(entry)
                 log.warning("%s → %s: %s; %d files wait", self.source, self.target, error, len(self.buffer))

@@ -63,7 +63,11 @@ class Place(_Model):
         float | None, Field(gt=0, description="Most that the outage buffer may hold; null for no limit.")
     ] = None
     listen: Annotated[
-        str | None, Field(description="host:port of the distributor; port 0 lets the system choose.")
+        str | None,
+        Field(description="host:port of the first distributor, the others count up; 0 lets the system choose."),
+    ] = None
+    certificate_name: Annotated[
+        str | None, Field(description="Name of the place in its certificate; null: the place's own name.")
     ] = None
 
     @property
@@ -101,6 +105,18 @@ class Link(_Model):
     ] = "none"
 
 
+class Capture(_Model):
+    """The image writer's nodes, which divide the detectors of each image among them."""
+
+    writers: Annotated[int, Field(ge=1, le=64, description="Nodes at work.")] = 2
+    spares: Annotated[
+        int, Field(ge=0, le=64, description="Further nodes that work only in the place of a silent one.")
+    ] = 0
+    silence_s: Annotated[
+        float, Field(gt=0, description="Real seconds after which a silent node's detectors go to the others.")
+    ] = 3.0
+
+
 class Archive(_Model):
     """How archiving is led."""
 
@@ -134,6 +150,20 @@ class Control(_Model):
     lease_s: Annotated[
         float, Field(gt=0.5, le=60, description="Real seconds of silence until the spare takes over.")
     ] = 4.0
+
+
+class Tls(_Model):
+    """Certificates of the links; ``{place}`` in a path stands for the name of a place."""
+
+    authority: Annotated[str, Field(description="Certificate of the authority that all places trust.")] = (
+        "certificates/ca.crt"
+    )
+    certificate: Annotated[str, Field(description="Certificate that a place shows.")] = (
+        "certificates/{place}.crt"
+    )
+    key: Annotated[str, Field(description="Its private key, readable for nobody else.")] = (
+        "certificates/{place}.key"
+    )
 
 
 class Prompt(_Model):
@@ -217,8 +247,12 @@ class SiteConfig(_Model):
     bus: Annotated[str, Field(description="`embedded` or kafka://host:port.")] = "embedded"
     places: Annotated[dict[str, Place], Field(description="summit, base, archive…")]
     links: Annotated[list[Link], Field(description="Links between places.")] = []
+    tls: Annotated[
+        Tls | None, Field(description="TLS with mutual authentication on the links; null for none.")
+    ] = None
     scheduler: Annotated[Scheduler, Field(description="Survey and cadence.")] = Scheduler()
     prompt: Annotated[Prompt, Field(description="Prompt processing.")] = Prompt()
+    capture: Annotated[Capture, Field(description="Image writer.")] = Capture()
     archive: Annotated[Archive, Field(description="How archiving is led.")] = Archive()
     control: Annotated[Control, Field(description="Control systems.")] = Control()
     catch_up: Annotated[CatchUp, Field(description="Catch-Up Archiver.")] = CatchUp()

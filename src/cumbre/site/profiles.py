@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cumbre.archive.certificates import make_certificates
 from cumbre.core.configuration import SITE_FILE, Site, parse_site
 from cumbre.core.errors import ConflictError
 from cumbre.core.instrument import load_instrument
@@ -37,6 +38,8 @@ places:
 links:
   - {{source: summit, target: base, latency_ms: 1, bandwidth_mbit_s: 10000}}
   - {{source: base, target: archive, latency_ms: 60, bandwidth_mbit_s: 1000}}
+tls:                        # links are encrypted and both ends are known: docs/how-to/secure-links.md
+  authority: certificates/ca.crt
 scheduler:
   exposure_s: 30
   cadence_s: 37
@@ -88,6 +91,7 @@ def create_site(
     root.mkdir(parents=True, exist_ok=True)
     for folder in ("run", "logs", "bus", "report"):
         (root / folder).mkdir(exist_ok=True)
+    make_certificates(root / "certificates", config.observatory.name, config.places)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text)
     temporary.replace(path)
