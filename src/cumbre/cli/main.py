@@ -33,6 +33,7 @@ VERBS = {
     ),
     "lightcurve": ("cumbre.cli.lightcurve", "lightcurve", "Frames of one field to light curves."),
     "query": ("cumbre.cli.query", "query", "Ask the ledger or the tables."),
+    "release": ("cumbre.cli.release", "release", "Load, verify, open and close release catalogues."),
     "instrument": ("cumbre.cli.instrument", "instrument", "List, show and check instrument descriptions."),
     "token": ("cumbre.cli.token", "token", "Make API tokens and put users into groups."),
     "doctor": ("cumbre.cli.doctor", "doctor", "Check this machine and a site, and say what to do."),

@@ -1,0 +1,1 @@
+"""Release catalogues: described, loaded hidden, verified, opened, closed (DMS; SYSTEMS G9)."""
