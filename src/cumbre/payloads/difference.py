@@ -12,10 +12,13 @@ from numpy.typing import NDArray
 
 from cumbre.core.errors import NoWorkFoundError, UnprocessableDataError
 from cumbre.payloads.exposure import Exposure, FloatImage, MaskPlane
-from cumbre.payloads.kernels.detect import GridPsf, robust_rms
+from cumbre.payloads.kernels import planes
+from cumbre.payloads.kernels.detect import GridPsf
 from cumbre.payloads.kernels.difference import Subtraction, subtract
+from cumbre.payloads.kernels.extract import extract
 from cumbre.payloads.kernels.kernel_match import KernelSolution, fit_kernel, gaussian_basis, select_stamps
-from cumbre.payloads.kernels.psf import PsfModel, fit_psf, gaussian_psf, select_psf_stars
+from cumbre.payloads.kernels.planes import robust_rms
+from cumbre.payloads.kernels.psf import PsfModel, fit_psf, gaussian_psf, select_psf_stars, windowed_centroid
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +82,6 @@ class Difference:
         PSF of the difference.
     template
         The registered template as given.
-    matched
-        (ny, nx): the convolved image.
     snr_scale
         Measured rms of the matched-filter significance before it was set to 1 (correlated noise).
     match_error
@@ -95,7 +96,6 @@ class Difference:
     template: Exposure
     science_psf: PsfModel
     template_psf: PsfModel
-    matched: FloatImage
     solution: KernelSolution
     match_error: float
     is_science_convolved: bool
@@ -104,17 +104,17 @@ class Difference:
 
 def find_stars(exposure: Exposure, *, threshold: float = 6.0) -> Stars:
     """Detect stars and galaxies on a background-subtracted exposure, brightest first."""
-    bad = (exposure.mask & MaskPlane.unusable()) > 0
-    image = np.ascontiguousarray(np.where(bad, 0, exposure.image), dtype=np.float32)
-    good = ~bad & (exposure.variance > 0) & (exposure.variance < 1e19)
-    if not good.any():
+    bad = planes.flag_bad(exposure.image, exposure.mask, np.uint16(MaskPlane.unusable()))
+    image = planes.finite_image(exposure.image)
+    step = planes.sample_step(bad.size)
+    sample = exposure.variance[::step, ::step][~bad[::step, ::step]]
+    sample = sample[(sample > 0) & (sample < 1e19)]
+    if sample.size == 0:
+        sample = exposure.variance[~bad & (exposure.variance > 0) & (exposure.variance < 1e19)]
+    if sample.size == 0:
         raise UnprocessableDataError("no usable pixel in the image: every pixel is masked or not finite")
-    noise = float(np.sqrt(np.percentile(exposure.variance[good][::13], 20)))
-    sep.set_extract_pixstack(max(1_000_000, image.size // 2))
-    try:
-        found = sep.extract(image, threshold * noise, minarea=5, mask=bad, deblend_cont=0.01)
-    except Exception as error:  # sep raises bare Exception when its buffers overflow
-        raise UnprocessableDataError(f"star detection: {error}") from error
+    noise = float(np.sqrt(np.percentile(sample, 20)))
+    found = extract(image, threshold * noise, minarea=5, mask=bad, deblend_cont=0.01)
     x, y = found["x"].astype(float), found["y"].astype(float)
     if len(found) == 0:
         none = np.zeros(0)
@@ -124,8 +124,7 @@ def find_stars(exposure: Exposure, *, threshold: float = 6.0) -> Stars:
     half, _ = sep.flux_radius(image, x, y, np.full(len(x), 3 * radius), 0.5)
     xi = np.clip(np.round(x).astype(int), 0, image.shape[1] - 1)
     yi = np.clip(np.round(y).astype(int), 0, image.shape[0] - 1)
-    near_bad = cv2.dilate(bad.astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
-    clean = ((found["flag"] & ~1) == 0) & ~near_bad[yi, xi] & (flux > 0)
+    clean = ((found["flag"] & ~1) == 0) & ~_near_bad(bad, xi, yi) & (flux > 0)
     order = np.argsort(-flux, kind="stable")
     return Stars(
         x=x[order],
@@ -136,6 +135,53 @@ def find_stars(exposure: Exposure, *, threshold: float = 6.0) -> Stars:
         elongation=np.asarray(found["a"] / np.maximum(found["b"], 0.1), float)[order],
         is_clean=clean[order],
     )
+
+
+def _near_bad(bad: NDArray[np.bool_], x: NDArray[np.intp], y: NDArray[np.intp]) -> NDArray[np.bool_]:
+    """Whether a bad pixel lies within two pixels of each place."""
+    out = np.zeros(len(x), bool)
+    for dy in range(-2, 3):
+        for dx in range(-2, 3):
+            out |= bad[np.clip(y + dy, 0, bad.shape[0] - 1), np.clip(x + dx, 0, bad.shape[1] - 1)]
+    return out
+
+
+def stars_at(exposure: Exposure, x: NDArray[np.float64], y: NDArray[np.float64], fwhm_px: float) -> Stars:
+    """Measure an exposure at the places of another one's stars, in their order.
+
+    Places are refined by centroids; one that walks away by more than two pixels stays. Far cheaper than a detection,
+    and what is no star in the other image is of no use here.
+    """
+    bad = planes.flag_bad(exposure.image, exposure.mask, np.uint16(MaskPlane.unusable()))
+    image = planes.finite_image(exposure.image)
+    sigma = max(fwhm_px, 1.5) / 2.3548
+    cx, cy = windowed_centroid(image, np.ascontiguousarray(x), np.ascontiguousarray(y), sigma, 8)
+    radius = 1.5 * float(np.clip(fwhm_px, 2.0, 12.0))
+    step = planes.sample_step(bad.size)
+    typical = float(np.median(planes.finite_variance(exposure.variance[::step, ::step])))
+    noise = max(typical, 1e-30) ** 0.5
+    flux, flux_err, flags = sep.sum_circle(image, cx, cy, radius, err=noise)
+    half, _ = sep.flux_radius(image, cx, cy, np.full(len(cx), 3 * radius), 0.5)
+    xi = np.clip(np.round(cx).astype(int), 0, image.shape[1] - 1)
+    yi = np.clip(np.round(cy).astype(int), 0, image.shape[0] - 1)
+    return Stars(
+        x=cx, y=cy, flux=np.asarray(flux, float), snr=np.asarray(flux / np.maximum(flux_err, 1e-9), float),
+        half_light=np.asarray(half, float), elongation=np.ones(len(cx)),
+        is_clean=(flags == 0) & ~_near_bad(bad, xi, yi) & (flux > 0),
+    )  # fmt: skip
+
+
+def _listed_stars(exposure: Exposure) -> Stars | None:
+    """The sources that calibration found, when it found enough of them and measured their PSF."""
+    listed = exposure.metadata.get("stars")
+    if not isinstance(listed, np.ndarray) or "is_psf_star" not in (listed.dtype.names or ()):
+        return None
+    if len(listed) < 3 or not isinstance(exposure.psf, PsfModel):
+        return None
+    ny, nx = exposure.shape
+    inside = (listed["x"] > -0.5) & (listed["y"] > -0.5) & (listed["x"] < nx - 0.5) & (listed["y"] < ny - 0.5)
+    listed = listed[inside & (listed["flux"] > 0)]
+    return stars_at(exposure, listed["x"], listed["y"], exposure.psf.fwhm_px) if len(listed) >= 3 else None
 
 
 def measure_psf(exposure: Exposure, stars: Stars, known: Exposure | None = None) -> PsfModel:
@@ -233,11 +279,15 @@ def difference(science: Exposure, template: Exposure, config: DifferenceConfig |
         raise UnprocessableDataError(
             f"difference: science is {science.shape}, template {template.shape}; register the template first"
         )
-    science_bad, template_bad = _bad(science), _bad(template)
-    coverage = float(1 - ((template.mask & (MaskPlane.NO_DATA | MaskPlane.EDGE)) > 0).mean())
+    unusable = np.uint16(MaskPlane.unusable())
+    science_bad = planes.flag_bad(science.image, science.mask, unusable)
+    template_bad = planes.flag_bad(template.image, template.mask, unusable)
+    coverage = float(
+        1 - np.count_nonzero(template.mask & (MaskPlane.NO_DATA | MaskPlane.EDGE)) / template.mask.size
+    )
     if coverage < 0.02:
         raise NoWorkFoundError("the template does not cover the science image")
-    science_stars, template_stars = find_stars(science), find_stars(template)
+    science_stars, template_stars = _both_stars(science, template)
     science_psf, template_psf = (
         measure_psf(science, science_stars),
         measure_psf(template, template_stars, science),
@@ -248,31 +298,35 @@ def difference(science: Exposure, template: Exposure, config: DifferenceConfig |
     fixed_psf, moved_psf = (
         (template_psf, science_psf) if is_science_convolved else (science_psf, template_psf)
     )
-    planes = {
-        "fixed": _filled(fixed.image, _bad(fixed)),
-        "moved": _filled(moved.image, _bad(moved)),
-        "fixed_variance": _finite_variance(fixed.variance),
-        "moved_variance": _finite_variance(moved.variance),
+    pixels = {
+        "fixed": planes.finite_image(fixed.image),
+        "moved": planes.finite_image(moved.image),
+        "fixed_variance": planes.finite_variance(fixed.variance),
+        "moved_variance": planes.finite_variance(moved.variance),
     }
     solution = _kernel(
-        planes,
-        science_bad | template_bad,
+        pixels,
+        (science_bad, template_bad),
         science_stars,
         common,
         (fixed_psf.fwhm_px, moved_psf.fwhm_px),
         config,
     )
     result = subtract(
-        planes["fixed"], planes["fixed_variance"], planes["moved"], planes["moved_variance"],
+        pixels["fixed"], pixels["fixed_variance"], pixels["moved"], pixels["moved_variance"],
         science_bad if is_science_convolved else template_bad, solution,
         is_science_convolved=is_science_convolved, decorrelate=config.decorrelate,
     )  # fmt: skip
+    del pixels, science_bad, template_bad
     mask = _mask(science, template, result, is_science_convolved)
-    usable = (mask & UNUSABLE) == 0
-    if not usable.any():
+    image = result.image
+    bad = planes.flag_bad(image, mask, np.uint16(UNUSABLE))
+    if bad.all():
         raise UnprocessableDataError("difference: science and template have no common usable pixel")
-    image = result.image - _residual_background(result.image, ~usable)
-    variance, scale = _calibrated_variance(image, result.variance, usable)
+    _subtract_residual_background(image, bad)
+    scale = robust_rms(planes.pulls(image, result.variance, bad, planes.sample_step(bad.size)))
+    scale = scale if np.isfinite(scale) and scale > 0 else 1.0
+    variance = np.multiply(result.variance, np.float32(scale**2), out=result.variance)
     exposure = Exposure(
         image=image, variance=variance, mask=mask, wcs=science.wcs, zero_point=science.zero_point,
         zero_point_err=science.zero_point_err, is_background_subtracted=True, metadata=dict(science.metadata),
@@ -289,34 +343,33 @@ def difference(science: Exposure, template: Exposure, config: DifferenceConfig |
         "n_template_stars": float(len(template_stars)),
         "n_common_stars": float(len(common)),
         "template_coverage": coverage,
-        "noise": robust_rms(image[usable]),
+        "noise": robust_rms(planes.sampled(image, bad)),
         "noise_scale": scale,
         "match_error": error,
     }
     return Difference(
-        exposure, psf, science, template, science_psf, template_psf, result.matched, solution, error,
+        exposure, psf, science, template, science_psf, template_psf, solution, error,
         is_science_convolved, metrics,
     )  # fmt: skip
 
 
-def _bad(exposure: Exposure) -> NDArray[np.bool_]:
-    return np.asarray(((exposure.mask & MaskPlane.unusable()) > 0) | ~np.isfinite(exposure.image))
-
-
-def _filled(image: FloatImage, bad: NDArray[np.bool_]) -> FloatImage:
-    """Saturated cores keep their values (wings convolve better); what is not finite becomes sky."""
-    return np.where(np.isfinite(image) & ~(bad & (np.abs(image) > 1e29)), image, 0).astype(np.float32)
-
-
-def _finite_variance(variance: FloatImage) -> FloatImage:
-    good = np.isfinite(variance) & (variance > 0) & (variance < 1e19)
-    typical = float(np.median(variance[good][::7])) if good.any() else 1.0
-    return np.where(good, variance, typical).astype(np.float32)
+def _both_stars(science: Exposure, template: Exposure) -> tuple[Stars, Stars]:
+    """Stars of both images; the template's at the places of the science's, where calibration listed those."""
+    listed = _listed_stars(science)
+    if listed is None:
+        return find_stars(science), find_stars(template)
+    measured = stars_at(template, listed.x, listed.y, science.psf.fwhm_px)
+    # A template too shallow or too shifted for that is searched like any other image.
+    near = np.hypot(measured.x - listed.x, measured.y - listed.y) < 1.0
+    bright = listed.is_clean & (listed.snr > 20)
+    if bright.sum() < 10 or (near & measured.is_clean)[bright].mean() < 0.5:
+        return listed, find_stars(template)
+    return listed, measured
 
 
 def _kernel(
-    planes: dict[str, FloatImage],
-    bad: NDArray[np.bool_],
+    pixels: dict[str, FloatImage],
+    bad: tuple[NDArray[np.bool_], NDArray[np.bool_]],
     stars: Stars,
     common: NDArray[np.intp],
     fwhm: tuple[float, float],
@@ -324,7 +377,7 @@ def _kernel(
 ) -> KernelSolution:
     """Choose stamps and widths from the data, and fit."""
     fixed_fwhm, moved_fwhm = fwhm
-    shape = planes["fixed"].shape
+    shape = pixels["fixed"].shape
     needed = np.sqrt(max(fixed_fwhm**2 - moved_fwhm**2, 0.0)) / 2.355
     scale = float(np.clip(max(fixed_fwhm / 4.0, needed / 1.5), 0.6, 3.5))
     sigmas = (0.7 * scale, 1.5 * scale, 3.0 * scale)
@@ -350,7 +403,7 @@ def _kernel(
     chosen = candidates[chosen]
     degrees = (6, 4, 2) if len(chosen) >= 30 else (4, 2, 1) if len(chosen) >= 10 else (2, 1, 0)
     return fit_kernel(
-        planes["moved"], planes["fixed"], planes["fixed_variance"] + planes["moved_variance"], bad,
+        pixels["moved"], pixels["fixed"], (pixels["fixed_variance"], pixels["moved_variance"]), bad,
         np.stack([stars.x[chosen], stars.y[chosen]], axis=1), basis=gaussian_basis(half, sigmas, degrees),
         order=config.kernel_order, background_order=config.background_order, fit_half=fit_half,
     )  # fmt: skip
@@ -360,12 +413,14 @@ def _mask(
     science: Exposure, template: Exposure, result: Subtraction, is_science_convolved: bool
 ) -> NDArray[np.uint16]:
     """Science bits, template saturation and gaps, both grown by the kernel where it moved them."""
-    mask = science.mask.copy()
-    mask &= np.uint16(~int(MaskPlane.DETECTED | MaskPlane.DETECTED_NEGATIVE) & 0xFFFF)
-    gap = (template.mask & (MaskPlane.BAD | MaskPlane.NO_DATA | MaskPlane.EDGE)) > 0
-    saturated = (template.mask & MaskPlane.SAT) > 0
-    mask[gap] |= np.uint16(MaskPlane.NO_DATA)
-    mask[saturated] |= np.uint16(MaskPlane.SAT_TEMPLATE)
+    mask, open_ends = planes.join_masks(
+        science.mask, science.image, template.mask, result.touched,
+        np.uint16(MaskPlane.DETECTED | MaskPlane.DETECTED_NEGATIVE),
+        np.uint16(MaskPlane.BAD | MaskPlane.NO_DATA | MaskPlane.EDGE), np.uint16(MaskPlane.SAT),
+        np.uint16(MaskPlane.NO_DATA), np.uint16(MaskPlane.SAT_TEMPLATE), np.uint16(UNUSABLE),
+    )  # fmt: skip
+    if not open_ends:
+        return np.asarray(mask)
     moved = science if is_science_convolved else template
     bit = MaskPlane.SAT if is_science_convolved else MaskPlane.SAT_TEMPLATE
     reached = result.touched & ((mask & UNUSABLE) == 0)
@@ -375,32 +430,23 @@ def _mask(
         near_star = cv2.dilate(((moved.mask & MaskPlane.SAT) > 0).astype(np.uint8), window) > 0
         mask[reached & near_star] |= np.uint16(bit)
         mask[reached & ~near_star] |= np.uint16(MaskPlane.NO_DATA)
-    mask[~np.isfinite(science.image)] |= np.uint16(MaskPlane.NO_DATA)
     return np.asarray(mask)
 
 
-def _residual_background(image: FloatImage, bad: NDArray[np.bool_]) -> FloatImage | float:
-    """Large-scale difference of the two skies that the kernel's polynomial did not take."""
+def _subtract_residual_background(image: FloatImage, bad: NDArray[np.bool_]) -> None:
+    """Take out, in place, the large-scale difference of the two skies that the kernel's polynomial did not take."""
     ny, nx = image.shape
-    sky = image[~bad]
+    sky = planes.sampled(image, bad)
+    centre = float(np.median(sky))
     if min(ny, nx) < 192:
-        return float(np.median(sky))
-    rms = robust_rms(sky)
-    masked = bad | (np.abs(image - np.median(sky)) > 4 * rms)
+        image -= np.float32(centre)
+        return
+    left_out = planes.flag_bright(image, bad, np.float32(centre), np.float32(4 * robust_rms(sky)))
     box = int(np.clip(min(ny, nx) // 12, 48, 128))
-    fitted = sep.Background(np.ascontiguousarray(image), mask=masked, bw=box, bh=box, fw=3, fh=3)
-    back = np.asarray(fitted.back(), dtype=np.float32)
+    fitted = sep.Background(image, mask=left_out, bw=box, bh=box, fw=3, fh=3)
     # The mesh gives the mode; where the noise is skewed (medians of few frames) fluxes need the mean.
-    return back + np.float32(np.mean((image - back)[~masked]))
-
-
-def _calibrated_variance(
-    image: FloatImage, variance: FloatImage, usable: NDArray[np.bool_]
-) -> tuple[FloatImage, float]:
-    """Scale the variance so that the difference's core has unit scatter; returns the factor on sigma."""
-    scatter = robust_rms((image / np.sqrt(np.maximum(variance, 1e-30)))[usable])
-    scale = scatter if np.isfinite(scatter) and scatter > 0 else 1.0
-    return (variance * np.float32(scale**2)).astype(np.float32), float(scale)
+    mean = planes.subtract_level(image, np.asarray(fitted.back(), dtype=np.float32), left_out)
+    image -= np.float32(mean)
 
 
 def _match_error(

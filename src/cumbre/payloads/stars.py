@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from cumbre.core.errors import NoWorkFoundError
 from cumbre.payloads.kernels.background import Background, measure_background
+from cumbre.payloads.kernels.extract import extract
 
 FloatImage = NDArray[np.float32]
 SEP_BLENDED, SEP_TRUNCATED = 2 | 1, 8
@@ -77,8 +78,7 @@ def detect(
     import sep
 
     pixels = np.ascontiguousarray(image, np.float32)
-    sep.set_extract_pixstack(max(300_000, pixels.size // 4))
-    objects, segments = sep.extract(
+    objects, segments = extract(
         pixels,
         threshold,
         err=noise,

@@ -14,6 +14,19 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from cumbre.payloads.kernels.planes import robust_rms
+
+__all__ = [
+    "GridPsf",
+    "Measurement",
+    "find_peaks",
+    "measure",
+    "noise_peaks",
+    "robust_rms",
+    "significance",
+    "streak_mask",
+]
+
 BLOCK = 128
 _MAX_SHIFT = 2.5
 
@@ -159,13 +172,6 @@ def noise_peaks(snr: NDArray[np.float32], bad: NDArray[np.bool_], radius: int) -
         return 0.2 * far, 0.25
     ratio = near / far
     return far / (ratio - 1.0), float(np.clip(0.5 / np.log(ratio), 0.1, 1.0))
-
-
-def robust_rms(values: NDArray[np.floating[Any]]) -> float:
-    """Scatter of the core of a distribution (1.4826 × median absolute deviation)."""
-    if values.size == 0:
-        return float("nan")
-    return float(1.4826 * np.median(np.abs(values - np.median(values))))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,43 +7,29 @@ makes it white again; the difference's PSF is then ``φ ⊗ PSF`` of the image t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
+from cumbre.payloads.kernels.convolve import (
+    KernelField,
+    backward,
+    convolve_field,
+    cut,
+    forward,
+    tile_side,
+    tiles,
+    transform_kernel,
+)
 from cumbre.payloads.kernels.kernel_match import KernelSolution
 
-KernelField = Callable[[float, float], NDArray[np.float64]]
-BLOCK = 128
+__all__ = ["Subtraction", "convolve_field", "decorrelation_kernel", "subtract"]
 
-
-def convolve_field(
-    image: NDArray[np.float32], kernel_at: KernelField, half: int, *, block: int = BLOCK
-) -> NDArray[np.float32]:
-    """Convolve by blocks, each with the kernel of its centre.
-
-    Parameters
-    ----------
-    image
-        (ny, nx), finite everywhere; outside it counts as zero.
-    kernel_at
-        ``kernel_at(x, y)`` → (2·half + 1, 2·half + 1).
-    """
-    ny, nx = image.shape
-    padded = np.pad(image, half)
-    out = np.empty((ny, nx), dtype=np.float32)
-    for y0 in range(0, ny, block):
-        for x0 in range(0, nx, block):
-            y1, x1 = min(y0 + block, ny), min(x0 + block, nx)
-            # filter2D correlates: the kernel is flipped to convolve.
-            kernel = np.ascontiguousarray(kernel_at((x0 + x1 - 1) / 2, (y0 + y1 - 1) / 2)[::-1, ::-1])
-            piece = padded[y0 : y1 + 2 * half, x0 : x1 + 2 * half]
-            full = cv2.filter2D(piece, cv2.CV_32F, kernel.astype(np.float32), borderType=cv2.BORDER_CONSTANT)
-            out[y0:y1, x0:x1] = full[half : half + y1 - y0, half : half + x1 - x0]
-    return out
+CELL = 256
+"""Side of the cells that share a decorrelation kernel."""
 
 
 def decorrelation_kernel(
@@ -86,8 +72,6 @@ class Subtraction:
         bool (ny, nx): pixels that a bad pixel of the convolved image reaches, at most ``reach`` pixels away.
     phi
         Function of x, y: the decorrelation kernel there (sum 1).
-    matched
-        float32 (ny, nx): the convolved image, in the other's units and background.
     """
 
     image: NDArray[np.float32]
@@ -95,7 +79,6 @@ class Subtraction:
     touched: NDArray[np.bool_]
     reach: int
     phi: KernelField
-    matched: NDArray[np.float32]
 
 
 def subtract(
@@ -121,34 +104,85 @@ def subtract(
     is_science_convolved
         Then the difference is ``(K ⊗ science + b − template) / ΣK``: science units, science minus template.
     """
-    half = solution.basis.half
-    matched = convolve_field(convolved, solution.kernel, half) + solution.background_image()
     kernel_sum = solution.metrics["sum"]
     middle = solution.kernel(solution.shape[1] / 2, solution.shape[0] / 2)
-    square = middle**2
-    # Photon noise of stars is smeared as the stars are; its level is that after decorrelation.
-    smeared = cv2.filter2D(
-        convolved_variance, cv2.CV_32F, (square / square.sum())[::-1, ::-1].astype(np.float32),
-        borderType=cv2.BORDER_REPLICATE,
-    )  # fmt: skip
-    image = fixed - matched
-    variance = fixed_variance + np.float32(kernel_sum**2) * np.maximum(smeared, 0)
-    if is_science_convolved:
-        image *= np.float32(-1.0 / kernel_sum)
-        variance *= np.float32(kernel_sum**-2)
-    touched, reach = _reach(convolved_bad, middle)
     phi: KernelField = _identity
     if decorrelate:
-        usable = ~convolved_bad
-        v_fixed = float(np.median(fixed_variance[usable][::17])) if usable.any() else 1.0
-        v_convolved = float(np.median(convolved_variance[usable][::17])) if usable.any() else 0.0
-        phi = _PhiField(solution, v_fixed, v_convolved, phi_half)
-        image = convolve_field(image.astype(np.float32), phi, phi_half, block=2 * BLOCK)
-    return Subtraction(image.astype(np.float32), variance.astype(np.float32), touched, reach, phi, matched)
+        v_fixed, v_convolved = (
+            _typical(variance, convolved_bad, default)
+            for variance, default in ((fixed_variance, 1.0), (convolved_variance, 0.0))
+        )
+        phi = _PhiField(solution, v_fixed, v_convolved, _phi_half(middle, v_fixed, v_convolved, phi_half))
+    factor = -1.0 / kernel_sum if is_science_convolved else 1.0
+    image = _subtract_tiles(fixed, convolved, solution, phi if decorrelate else None, factor)
+    # Photon noise of stars is smeared as the stars are; its level is that after decorrelation. Sums along the
+    # axes describe the squared kernel well enough for a variance.
+    square = middle**2 / (middle**2).sum()
+    variance = cv2.sepFilter2D(
+        convolved_variance, cv2.CV_32F, square.sum(axis=0)[::-1].copy(), square.sum(axis=1)[::-1].copy(),
+        borderType=cv2.BORDER_REPLICATE,
+    )  # fmt: skip
+    scale = kernel_sum**-2 if is_science_convolved else 1.0
+    _add_variance(variance, fixed_variance, np.float32(scale * kernel_sum**2), np.float32(scale))
+    touched, reach = _reach(convolved_bad, middle)
+    return Subtraction(image, variance, touched, reach, phi)
+
+
+def _typical(variance: NDArray[np.float32], bad: NDArray[np.bool_], default: float) -> float:
+    """Median of a sample of the good pixels."""
+    sample = variance[::5, ::5][~bad[::5, ::5]]
+    return float(np.median(sample)) if sample.size else default
+
+
+def _subtract_tiles(
+    fixed: NDArray[np.float32],
+    convolved: NDArray[np.float32],
+    solution: KernelSolution,
+    phi: KernelField | None,
+    factor: float,
+) -> NDArray[np.float32]:
+    """``factor · (φ ⊗ (fixed − K ⊗ convolved) − b)``, three transforms a tile."""
+    shape = (fixed.shape[0], fixed.shape[1])
+    halo = solution.basis.half
+    if phi is not None:
+        halo += phi(0.0, 0.0).shape[0] // 2
+    side = tile_side(shape, halo)
+    out = np.empty(shape, np.float32)
+    one, two = np.zeros((side, side), np.float32), np.zeros((side, side), np.float32)
+    for y0, y1, x0, x1 in tiles(shape, side - 2 * halo):
+        x, y = (x0 + x1 - 1) / 2, (y0 + y1 - 1) / 2
+        spectrum = forward(cut(convolved, y0, x0, halo, two))
+        spectrum *= transform_kernel(solution.kernel(x, y), side)
+        np.subtract(forward(cut(fixed, y0, x0, halo, one)), spectrum, out=spectrum)
+        if phi is not None:
+            spectrum *= transform_kernel(phi(x, y), side)
+        result = backward(spectrum, side)[halo : halo + y1 - y0, halo : halo + x1 - x0]
+        # The decorrelation's sum is one: the smooth background passes it unchanged.
+        np.subtract(result, solution.background_tile(y0, y1, x0, x1), out=out[y0:y1, x0:x1])
+    if factor != 1.0:
+        out *= np.float32(factor)
+    return out
+
+
+@njit(cache=True, fastmath={"contract", "nsz"})
+def _add_variance(smeared, fixed, kernel_square, scale):  # type: ignore[no-untyped-def]
+    for j in range(smeared.shape[0]):
+        for i in range(smeared.shape[1]):
+            smeared[j, i] = scale * fixed[j, i] + kernel_square * max(smeared[j, i], np.float32(0))
 
 
 def _identity(_x: float, _y: float) -> NDArray[np.float64]:
     return np.ones((1, 1))
+
+
+def _phi_half(kernel: NDArray[np.float64], fixed: float, convolved: float, largest: int) -> int:
+    """Half size beyond which the decorrelation kernel is a thousandth of its absolute sum."""
+    phi = np.abs(decorrelation_kernel(kernel, fixed, convolved, half=largest))
+    for half in range(3, largest):
+        inner = phi[largest - half : largest + half + 1, largest - half : largest + half + 1]
+        if inner.sum() > 0.999 * phi.sum():
+            return half
+    return largest
 
 
 class _PhiField:
@@ -159,11 +193,11 @@ class _PhiField:
         self._cache: dict[tuple[int, int], NDArray[np.float64]] = {}
 
     def __call__(self, x: float, y: float) -> NDArray[np.float64]:
-        cell = int(x // (2 * BLOCK)), int(y // (2 * BLOCK))
+        cell = int(x // CELL), int(y // CELL)
         if cell not in self._cache:
             ny, nx = self._solution.shape
             kernel = self._solution.kernel(
-                min((cell[0] + 0.5) * 2 * BLOCK, nx - 1.0), min((cell[1] + 0.5) * 2 * BLOCK, ny - 1.0)
+                min((cell[0] + 0.5) * CELL, nx - 1.0), min((cell[1] + 0.5) * CELL, ny - 1.0)
             )
             self._cache[cell] = decorrelation_kernel(kernel, self._fixed, self._convolved, half=self._half)
         return self._cache[cell]

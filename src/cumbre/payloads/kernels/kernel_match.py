@@ -152,16 +152,21 @@ class KernelSolution:
 
     def background_image(self) -> NDArray[np.float32]:
         """(ny, nx) differential background."""
+        return self.background_tile(0, self.shape[0], 0, self.shape[1])
+
+    def background_tile(self, y0: int, y1: int, x0: int, x1: int) -> NDArray[np.float32]:
+        """Differential background of the rows y0 … y1 − 1 and columns x0 … x1 − 1."""
         ny, nx = self.shape
-        rows = np.linspace(-1.0, 1.0, ny)
-        out = np.zeros((ny, nx), dtype=np.float32)
+        v = 2.0 * np.arange(y0, y1) / max(ny - 1, 1) - 1.0
+        u = 2.0 * np.arange(x0, x1) / max(nx - 1, 1) - 1.0
+        up = np.zeros((self.background_order + 1, x1 - x0))
         index = 0
-        u = 2.0 * np.arange(nx) / max(nx - 1, 1) - 1.0
         for degree in range(self.background_order + 1):
             for q in range(degree + 1):
-                out += np.outer(rows**q, self.background[index] * u ** (degree - q)).astype(np.float32)
+                up[q] += self.background[index] * u ** (degree - q)
                 index += 1
-        return out
+        rows = np.stack([v**q for q in range(self.background_order + 1)], axis=1)
+        return np.asarray(rows.astype(np.float32) @ up.astype(np.float32))
 
 
 @dataclass(slots=True)
@@ -177,8 +182,8 @@ class _Stamp:
 def fit_kernel(
     reference: NDArray[np.float32],
     target: NDArray[np.float32],
-    variance: NDArray[np.float32],
-    bad: NDArray[np.bool_],
+    variance: NDArray[np.float32] | tuple[NDArray[np.float32], ...],
+    bad: NDArray[np.bool_] | tuple[NDArray[np.bool_], ...],
     positions: Float64,
     *,
     basis: GaussianBasis,
@@ -197,9 +202,10 @@ def fit_kernel(
     reference, target
         (ny, nx) background-subtracted images on one pixel grid; ``reference`` is the one to convolve.
     variance
-        (ny, nx) variance of target and reference together.
+        (ny, nx) variance of target and reference together; or a tuple of planes to be added.
     bad
-        (ny, nx) True where a pixel must not be used; a stamp with a bad pixel near its centre is dropped.
+        (ny, nx) True where a pixel must not be used; a stamp with a bad pixel near its centre is dropped. Or a tuple
+        of planes, each of which may forbid a pixel.
     positions
         (n, 2) x, y of stars, 0-based.
     order, sum_order, background_order
@@ -217,8 +223,10 @@ def fit_kernel(
         Fewer than three usable stamps.
     """
     stamps, kept = [], []
+    variances = variance if isinstance(variance, tuple) else (variance,)
+    forbidden = bad if isinstance(bad, tuple) else (bad,)
     for index, (x, y) in enumerate(positions):
-        stamp = _make_stamp(reference, target, variance, bad, (x, y), basis, fit_half, systematic)
+        stamp = _make_stamp(reference, target, variances, forbidden, (x, y), basis, fit_half, systematic)
         if stamp is not None:
             stamps.append(stamp)
             kept.append(index)
@@ -270,8 +278,8 @@ def fit_kernel(
 def _make_stamp(
     reference: NDArray[np.float32],
     target: NDArray[np.float32],
-    variance: NDArray[np.float32],
-    bad: NDArray[np.bool_],
+    variance: tuple[NDArray[np.float32], ...],
+    bad: tuple[NDArray[np.bool_], ...],
     position: tuple[float, float],
     basis: GaussianBasis,
     fit_half: int,
@@ -285,15 +293,19 @@ def _make_stamp(
         return None
     wide = np.s_[y - outer : y + outer + 1, x - outer : x + outer + 1]
     near = np.s_[y - fit_half : y + fit_half + 1, x - fit_half : x + fit_half + 1]
-    core = np.s_[y - fit_half // 2 : y + fit_half // 2 + 1, x - fit_half // 2 : x + fit_half // 2 + 1]
-    if bad[core].any() or bad[wide].mean() > 0.05:
+    without = np.logical_or.reduce([plane[wide] for plane in bad])
+    inner = without[basis.half : -basis.half, basis.half : -basis.half] if basis.half else without
+    core = inner[
+        fit_half - fit_half // 2 : fit_half + fit_half // 2 + 1,
+        fit_half - fit_half // 2 : fit_half + fit_half // 2 + 1,
+    ]
+    if core.any() or without.mean() > 0.05:
         return None
     # A few bad pixels far from the star weigh nothing; convolution sees them as sky.
-    source = np.where(bad[wide], 0.0, reference[wide]).astype(np.float64)
-    aim = np.where(bad[near], 0.0, target[near]).astype(np.float64)
-    weight = np.where(
-        bad[near], 0.0, 1.0 / (variance[near].astype(np.float64) + (systematic * aim) ** 2)
-    ).ravel()
+    source = np.where(without, 0.0, reference[wide]).astype(np.float64)
+    aim = np.where(inner, 0.0, target[near]).astype(np.float64)
+    noise = sum(plane[near].astype(np.float64) for plane in variance)
+    weight = np.where(inner, 0.0, 1.0 / (noise + (systematic * aim) ** 2)).ravel()
     columns = np.concatenate([basis.convolve(source).reshape(basis.size, -1), np.ones((1, aim.size))])
     weighted = columns * weight
     flat = aim.ravel()
