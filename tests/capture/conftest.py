@@ -14,7 +14,10 @@ from cumbre.site.profiles import create_site
 
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
-    return create_site(tmp_path / "site")
+    """A site with one writer node; several in the tests of nodes."""
+    path = create_site(tmp_path / "site").path("site.yaml")
+    path.write_text(path.read_text() + "capture: {writers: 1}\n")
+    return Site.load(path.parent)
 
 
 @pytest.fixture

@@ -186,23 +186,24 @@ def test_scan_finds_images_without_event(site: Site, bus: Bus, clock: Clock) -> 
 KILLED = """
 import os, sys
 from pathlib import Path
-import cumbre.capture.writer as module
+import cumbre.capture.pixels as module
+from cumbre.capture.writer import ImageWriter
 from cumbre.bus import open_bus
 from cumbre.core.configuration import Site
 from cumbre.core.time import Clock
 site = Site.load(Path(sys.argv[1])); clock = Clock.load(site.clock_path)
 bus = open_bus(f"sqlite:///{site.root}/bus/bus.db", identity="writer", clock=clock)
-write, count = module.write_atomic, 0
-def dying(path, content, **more):
+write, count = module.write_once, 0
+def dying(path, content):
     global count
     if path.suffix == ".fits":
         count += 1
         if count == 3:
             path.parent.joinpath(f".{path.name}.tmp").write_bytes(content[:1000])
             os.kill(os.getpid(), 9)
-    return write(path, content, **more)
-module.write_atomic = dying
-writer = module.ImageWriter(site=site, bus=bus, clock=clock)
+    return write(path, content)
+module.write_once = dying
+writer = ImageWriter(site=site, bus=bus, clock=clock)
 while True:
     writer.step(0.1)
 """

@@ -68,7 +68,8 @@ def test_a_folder_with_other_things_is_never_deleted(tmp_path):
 
 def test_faults_are_read_and_drawn_from_the_seed(tmp_path):
     site = create_site(tmp_path / "s")
-    assert parse_faults("kill:writer@0.5", site, 1) == [Fault("kill", "writer", 0.5)]
+    assert parse_faults("kill:camera@0.5", site, 1) == [Fault("kill", "camera", 0.5)]
+    assert parse_faults("kill:writer@0.5", site, 1)[0].target in ("writer-1", "writer-2")
     assert parse_faults("random", site, 4) == parse_faults("random", site, 4)
     assert len(parse_faults("random,down:base-archive", site, 4)) == 5
     each = parse_faults("each", site, 4)

@@ -43,13 +43,13 @@ def pid_of(site, name):
 
 def test_a_killed_service_comes_back_and_the_site_ends_clean(site):
     start_detached(site)
-    first = pid_of(site, "writer")
+    first = pid_of(site, "writer-1")
     with pytest.raises(ConflictError, match="up already"):
         start_detached(site)
     os.kill(first, signal.SIGKILL)
-    second = wait_for(lambda: (p := pid_of(site, "writer")) not in (None, first) and p)
+    second = wait_for(lambda: (p := pid_of(site, "writer-1")) not in (None, first) and p)
     services = read_state(site)["services"]
-    assert next(s["restarts"] for s in services if s["name"] == "writer") == 1
+    assert next(s["restarts"] for s in services if s["name"] == "writer-1") == 1
     assert stop_site(site)
     assert read_state(site) is None
     for pid in (second, *(s["pid"] for s in services)):
@@ -64,7 +64,7 @@ def test_a_killed_supervisor_takes_its_services_along(site):
     wait_for(lambda: not any(alive(pid) for pid in services))
     assert read_state(site) is None
     start_detached(site)
-    assert pid_of(site, "writer") not in services
+    assert pid_of(site, "writer-1") not in services
 
 
 def test_unknown_roles_are_named(site):

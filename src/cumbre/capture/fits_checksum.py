@@ -67,13 +67,15 @@ def stable(content: bytes) -> bytes:
 
 
 def _units(content: bytes) -> Iterator[tuple[int, int, int]]:
-    """Begin, end of header and end of each HDU, in bytes."""
+    """Begin, end of header and end of each HDU, in bytes; ValueError or KeyError when it is no FITS."""
     at = 0
     while at < len(content):
         begin, size = at, 0
         keys: dict[bytes, int] = {}
         ended = False
         while not ended:
+            if at >= len(content):
+                raise ValueError("no END card")
             for card_at in range(at, at + BLOCK, CARD):
                 card = content[card_at : card_at + CARD]
                 if card.startswith(b"END     "):
@@ -92,3 +94,14 @@ def _units(content: bytes) -> Iterator[tuple[int, int, int]]:
         header_end = at
         at += -(-size // BLOCK) * BLOCK
         yield begin, header_end, at
+
+
+def is_sound(content: bytes) -> bool:
+    """Whether every HDU of a file in memory still has the sum that its CHECKSUM promises (all ones)."""
+    try:
+        units = list(_units(content))
+    except (KeyError, ValueError):
+        return False
+    if not units or units[-1][2] != len(content):
+        return False
+    return all(ones_complement_sum(memoryview(content)[begin:end]) == 0xFFFFFFFF for begin, _, end in units)

@@ -105,6 +105,10 @@ def parse_faults(text: str, site: Site, seed: int) -> list[Fault]:
         kind, _, rest = word.partition(":")
         target, _, moment = rest.partition("@")
         known = {"kill": [*roles, "postgres", "worker"], "down": links}.get(kind)
+        if kind == "kill" and target not in (known or []):
+            # ``writer`` means one of writer-1, writer-2…
+            several = [name for name in roles if name.rpartition("-")[0] == target]
+            target = chance.choice(several) if several else target
         if known is None or target not in known:
             raise UserError(
                 f"fault {word!r}: expected random, each, kill:SERVICE or down:LINK, optionally @0.0 to @1.0; "

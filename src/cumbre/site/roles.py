@@ -92,10 +92,13 @@ def _headers(site: Site, bus: Bus, clock: Clock) -> Service:
     return HeaderService(site=site, bus=bus, clock=clock)
 
 
-def _writer(site: Site, bus: Bus, clock: Clock) -> Service:
-    from cumbre.capture.writer import ImageWriter
+def _writer(node: int) -> Factory:
+    def make(site: Site, bus: Bus, clock: Clock) -> Service:
+        from cumbre.capture.writer import ImageWriter
 
-    return ImageWriter(site=site, bus=bus, clock=clock)
+        return ImageWriter(site=site, bus=bus, clock=clock, node=node)
+
+    return make
 
 
 def _sender(source: str, pair: int) -> Factory:
@@ -178,7 +181,9 @@ def factories(site: Site) -> dict[str, Factory]:
     out: dict[str, Factory] = {"ledger": _ledger}
     if simulated:
         out |= {"scheduler": _scheduler, "camera": _camera}
-    out |= {"headers": _headers, "writer": _writer}
+    out["headers"] = _headers
+    for node in range(1, site.config.capture.writers + site.config.capture.spares + 1):
+        out[f"writer-{node}"] = _writer(node)
     for link in site.config.links:
         for pair in range(1, link.pairs + 1):
             out[relay_name(link.source, pair)] = _sender(link.source, pair)
