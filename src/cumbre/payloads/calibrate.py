@@ -16,7 +16,7 @@ from cumbre.core.geometry import approximate_wcs
 from cumbre.core.instrument import Instrument
 from cumbre.payloads.exposure import Exposure, MaskPlane
 from cumbre.payloads.kernels import isr
-from cumbre.payloads.kernels.cosmic_rays import find_cosmic_rays, star_contrast
+from cumbre.payloads.kernels.cosmic_rays import find_cosmic_rays, point_sources_among, star_contrast
 from cumbre.payloads.kernels.match import Affine, Match, match_blind, nearest_pairs, refine, vote_shift
 from cumbre.payloads.kernels.photometry import aperture_photometry, forced_psf_photometry
 from cumbre.payloads.kernels.psf import PsfModel, fit_psf, select_psf_stars, windowed_centroid
@@ -280,6 +280,7 @@ def _calibrate(
         exposure, image=image, variance=exposure.variance.copy(), mask=mask, background=background.level,
         is_background_subtracted=True, metadata=dict(exposure.metadata), metrics=dict(exposure.metrics),
     )  # fmt: skip
+    found_cr = np.zeros(image.shape, bool)
     if config.cosmic_rays:
         # where structure adds to the noise (fixed patterns, few bias frames) the variance is too small
         excess = background.global_rms**2 / max(float(np.median(result.variance[::5, ::5])), 1e-6)
@@ -296,6 +297,8 @@ def _calibrate(
     isr.fill_bad_pixels(result.image, result.variance, mask, int(MaskPlane.BAD | MaskPlane.NO_DATA))
     noise = background.global_rms
     result.psf, psf_stars = _psf(result, found, noise, bits | int(MaskPlane.CR))
+    if found_cr.any():
+        _take_back(result, found_cr, image, bad)
     x, y = windowed_centroid(
         np.ascontiguousarray(result.image), found.x, found.y, max(result.psf.fwhm_px, 1.5) / 2.3548, 8
     )
@@ -318,6 +321,16 @@ def _calibrate(
         if level > 0:
             result.metrics["sky_mag_arcsec2"] = result.zero_point - 2.5 * float(np.log10(level))
     return result
+
+
+def _take_back(
+    result: Exposure, found: NDArray[np.bool_], image: NDArray[np.float32], bad: NDArray[np.bool_]
+) -> None:
+    """Give point sources that were taken for cosmic rays their pixels back, now that the PSF is known."""
+    back = point_sources_among(found, image, result.variance, result.psf, bad)
+    result.image[back] = image[back]
+    result.mask[back] &= np.uint16(~int(MaskPlane.CR | MaskPlane.INTRP) & 0xFFFF)
+    result.metrics["cosmic_ray_pixels"] -= float(np.count_nonzero(back))
 
 
 def _take(found: Detections, keep: NDArray[np.bool_]) -> Detections:

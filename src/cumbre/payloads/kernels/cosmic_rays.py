@@ -7,9 +7,14 @@ are taken only at pixels whose Laplacian already stands out.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from cumbre.payloads.kernels.psf import PsfModel
 
 FloatImage = NDArray[np.float32]
 
@@ -170,3 +175,157 @@ def find_cosmic_rays(
             break
         _clean(cleaned, found, skip)
     return found > 0, cleaned
+
+
+_SHIFTS = np.linspace(-0.6, 0.6, 7)
+
+
+@njit(cache=True)
+def _best_fit(image, variance, excluded, y, x, profiles, half, radius2, tolerance):  # type: ignore[no-untyped-def]
+    """Least χ² of a PSF on a constant at one place, over the given profiles; its flux; the number of pixels."""
+    ny, nx = image.shape
+    best, best_flux, most = 1e30, 0.0, 0
+    for k in range(profiles.shape[0]):
+        s0, s1, s2, t0, t1 = 0.0, 0.0, 0.0, 0.0, 0.0
+        n = 0
+        for j in range(-half, half + 1):
+            for i in range(-half, half + 1):
+                yy, xx = y + j, x + i
+                if j * j + i * i > radius2 or yy < 0 or xx < 0 or yy >= ny or xx >= nx or excluded[yy, xx]:
+                    continue
+                p, d = profiles[k, j + half, i + half], image[yy, xx]
+                w = 1.0 / (variance[yy, xx] + (tolerance * d) ** 2)
+                s0 += w
+                s1 += w * p
+                s2 += w * p * p
+                t0 += w * d
+                t1 += w * p * d
+                n += 1
+        det = s0 * s2 - s1 * s1
+        if n < 6 or det <= 0:
+            continue
+        flux = (s0 * t1 - s1 * t0) / det
+        level = (s2 * t0 - s1 * t1) / det
+        total = 0.0
+        for j in range(-half, half + 1):
+            for i in range(-half, half + 1):
+                yy, xx = y + j, x + i
+                if j * j + i * i > radius2 or yy < 0 or xx < 0 or yy >= ny or xx >= nx or excluded[yy, xx]:
+                    continue
+                d = image[yy, xx]
+                r = d - flux * profiles[k, j + half, i + half] - level
+                total += r * r / (variance[yy, xx] + (tolerance * d) ** 2)
+        if total < best:
+            best, best_flux, most = total, flux, n
+    return best, best_flux, most
+
+
+@njit(cache=True)
+def _hit_fit(image, variance, excluded, label, number, y, x, half, radius2, tolerance):  # type: ignore[no-untyped-def]
+    """Least χ² of a constant outside the pixels of one group, which may have any values; their number."""
+    ny, nx = image.shape
+    chi2, level, inside = 0.0, 0.0, 0
+    for again in range(2):
+        weight, total = 0.0, 0.0
+        inside, chi2 = 0, 0.0
+        for j in range(-half, half + 1):
+            for i in range(-half, half + 1):
+                yy, xx = y + j, x + i
+                if j * j + i * i > radius2 or yy < 0 or xx < 0 or yy >= ny or xx >= nx or excluded[yy, xx]:
+                    continue
+                if label[yy, xx] == number:
+                    inside += 1
+                    continue
+                d = image[yy, xx]
+                w = 1.0 / (variance[yy, xx] + (tolerance * d) ** 2)
+                weight += w
+                total += w * d
+                if again == 1:
+                    chi2 += w * (d - level) ** 2
+        level = total / weight if weight > 0 else 0.0
+    return chi2, inside
+
+
+def point_sources_among(
+    found: NDArray[np.bool_],
+    image: FloatImage,
+    variance: FloatImage,
+    psf: PsfModel,
+    excluded: NDArray[np.bool_] | None = None,
+    *,
+    largest: int = 9,
+    tolerance: float = 0.06,
+    limit: float = 2.0,
+) -> NDArray[np.bool_]:
+    """Pixels taken for cosmic rays that belong to point sources after all.
+
+    The Laplacian knows no PSF: of a sharp image it takes stars in their brightest pixel. Each group of found pixels is
+    fitted with the PSF (any place within the pixel, on a constant). It is a source where that fits, and better than
+    a hit: free values in the found pixels and a constant around them.
+
+    Parameters
+    ----------
+    found
+        Result of :func:`find_cosmic_rays`.
+    image, variance
+        The image as it was before cleaning, background-subtracted; float32 (ny, nx).
+    psf
+        The image's PSF, measured without the found pixels.
+    excluded
+        Pixels to leave out of the fit.
+    largest
+        Groups of more pixels are no point sources; for a PSF of two pixels FWHM, more for wider ones.
+    tolerance
+        Fraction by which a star's pixels may differ from the model.
+    limit
+        Reduced χ² up to which it is a point source.
+
+    Returns
+    -------
+    bool (ny, nx): the part of ``found`` to take back.
+    """
+    import cv2
+
+    out = np.zeros(found.shape, bool)
+    count, label, stats, _ = cv2.connectedComponentsWithStats(found.astype(np.uint8), connectivity=8)
+    most = largest * max(1.0, psf.fwhm_px / 2.2) ** 2
+    skip = np.zeros(found.shape, bool) if excluded is None else np.ascontiguousarray(excluded, bool)
+    pixels = np.ascontiguousarray(image, np.float32)
+    noise = np.ascontiguousarray(variance, np.float32)
+    radius2 = int(np.ceil(1.3 * psf.fwhm_px + 0.5)) ** 2
+    half = min(int(np.ceil(1.3 * psf.fwhm_px + 0.5)), psf.size // 2)
+    cells: dict[tuple[int, int], NDArray[np.float64]] = {}
+    for k in range(1, count):
+        x0, y0, width, height, area = (int(v) for v in stats[k])
+        if area > most:
+            continue
+        box = np.s_[y0 : y0 + height, x0 : x0 + width]
+        values = np.where(label[box] == k, pixels[box], -np.inf)
+        dy, dx = np.unravel_index(int(np.argmax(values)), values.shape)
+        y, x = y0 + int(dy), x0 + int(dx)
+        cell = x // 256, y // 256
+        if cell not in cells:
+            cells[cell] = _profiles(psf, (cell[0] + 0.5) * 256, (cell[1] + 0.5) * 256, half)
+        chi2, flux, n = _best_fit(pixels, noise, skip, y, x, cells[cell], half, radius2, tolerance)
+        if flux <= 0 or chi2 > limit * (n - 4):
+            continue
+        hit, inside = _hit_fit(pixels, noise, skip, label, k, y, x, half, radius2, tolerance)
+        # Two per free parameter, and something against chance.
+        if chi2 + 2 * 3 + 4 < hit + 2 * inside:
+            out[box] |= label[box] == k
+    return out
+
+
+def _profiles(psf: PsfModel, x: float, y: float, half: int) -> NDArray[np.float64]:
+    """The PSF of a place at a grid of positions within the pixel, (n, 2·half + 1, 2·half + 1)."""
+    x, y = np.floor(x), np.floor(y)
+    middle = psf.size // 2
+    cut = np.s_[middle - half : middle + half + 1, middle - half : middle + half + 1]
+    # The stamp of a star at (x + d) is centred on its nearest pixel: shifts beyond half a pixel are moved back.
+    out = []
+    for dy in _SHIFTS:
+        for dx in _SHIFTS:
+            stamp = psf.stamp(x + dx, y + dy)
+            moved = (int(np.floor(dy + 0.5)), int(np.floor(dx + 0.5)))
+            out.append(np.roll(stamp, moved, axis=(0, 1))[cut])
+    return np.ascontiguousarray(out, np.float64)
