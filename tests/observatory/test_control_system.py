@@ -51,7 +51,7 @@ def test_init_configure_enable_and_an_image_becomes_one_job_a_raft(world, base):
     assert applied["configurations"] == "science"
     assert applied["hash"] == state["configurationHash"]
     obs_id = world.expose()
-    world.run(lambda: world.orders())
+    world.run(world.orders)
     (order,) = world.orders()
     assert order["jobId"] == f"replicate/{obs_id}/R22"
     assert (order["kind"], order["entity"], order["mode"], order["attempt"]) == (
@@ -79,7 +79,7 @@ def test_nothing_is_ordered_unless_enabled_and_not_for_what_began_before(world, 
     world.command("Archiver", "enable")
     assert base.entities["Archiver"].is_subscribed
     mine = world.expose()
-    world.run(lambda: world.orders())
+    world.run(world.orders)
     world.command("Archiver", "disable")
     assert not base.entities["Archiver"].is_subscribed
     world.expose()
@@ -93,7 +93,7 @@ def test_disable_kills_no_job_and_is_over_when_the_last_has_ended(world, base):
     world.register(1)
     world.ready("Archiver")
     obs_id = world.expose()
-    world.run(lambda: world.jobs())
+    world.run(world.jobs)
     ack = world.command("Archiver", "disable")
     assert ack.ok
     assert "1 jobs go on" in ack.result
@@ -112,7 +112,7 @@ def test_abort_leaves_it_enabled_and_taking_data_and_disable_works_in_error(worl
     assert RemoteComponent(world.bus, "Archiver").summary_state is SummaryState.FAULT
     assert world.bus.latest("Archiver.errorCode").fields["errorCode"] == 1
     world.expose()
-    world.run(lambda: world.jobs())
+    world.run(world.jobs)
     assert world.command("Archiver", "disable").ok
     assert (world.state()["protocolState"], world.state()["processing"]) == ("ERROR", "draining")
     assert world.command("Archiver", "enable").code is AckCode.FAILED
@@ -281,7 +281,9 @@ def test_a_command_from_long_ago_is_refused(world, base):
     world.clock_before = world.clock.now_tai_s() - 100.0
     from cumbre.core.time import Clock
 
-    old = open_bus(world.url, identity="observer@console", clock=Clock.starting_at(world.clock_before, rate=1))
+    old = open_bus(
+        world.url, identity="observer@console", clock=Clock.starting_at(world.clock_before, rate=1)
+    )
     old.publish("Archiver.init")
     world.run(lambda: world.db.execute("SELECT 1 FROM control.command"))
     ((ack, result),) = world.db.execute("SELECT ack, result FROM control.command")

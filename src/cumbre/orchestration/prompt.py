@@ -20,6 +20,7 @@ from cumbre.core.errors import UnprocessableDataError, UserError
 from cumbre.core.ids import ObsId
 from cumbre.core.instrument import Instrument, load_instrument
 from cumbre.core.time import Clock
+from cumbre.observatory.control.following import Follower
 from cumbre.observatory.visits import AnnouncedVisit
 from cumbre.orchestration.engine import ComputeEngine, DaskEngine
 from cumbre.orchestration.jobs import JobStore
@@ -45,6 +46,8 @@ PRELOAD = "prompt.preload"
 PROCESS = "prompt.process"
 WORKER = "cumbre.orchestration.prompt_worker"
 TOPICS = ["ScriptQueue.nextVisit", "ScriptQueue.nextVisitCanceled", "Camera.endReadout", "Image.hop"]
+POOL_S = 2.0
+"""Real seconds between two words to control of how many workers there are."""
 SLICE_S = 0.05
 """Real seconds of one wait: how late the two sources (bus, engine) can see one another's news."""
 QUALITY_FIELDS = (
@@ -103,6 +106,9 @@ class PromptService:
         self._subscription = bus.subscribe(TOPICS, start="now", consumer=self.name)
         self._pending: list[Instruction] = []
         self._uncommitted = False
+        self._leader = Follower(site, bus, "AlertProductionCluster")
+        self._declined: dict[str, float] = {}
+        self._next_pool = 0.0
         self._restore()
         self.manager = JobManager(self.store, self.engine, clock, owner=self.name)
         for kind in (PRELOAD, PROCESS):
@@ -146,7 +152,33 @@ class PromptService:
         self._subscription.close()
         self.engine.close()
 
+    def _tell_pool(self) -> None:
+        """Tell control how many workers there are."""
+        if time.monotonic() < self._next_pool:
+            return
+        self._next_pool = time.monotonic() + POOL_S
+        self.bus.publish(
+            "AlertProductionCluster.pool",
+            {"workers": len(self.engine.workers()), "waiting": self.state.waiting},
+        )
+
+    def _takes(self, group_id: str, now_tai: float) -> bool:
+        """Whether a visit, or an image that nobody announced, may be taken up.
+
+        Decided once a group: disabling the cluster does not end what the current visit still needs, and
+        enabling it does not begin in the middle of one.
+        """
+        if group_id in self._declined:
+            return False
+        if self.state.knows(group_id) or (self._leader.is_enabled and self._leader.mode_processes):
+            return True
+        self._declined[group_id] = now_tai
+        if len(self._declined) > 10_000:
+            self._declined = {g: t for g, t in self._declined.items() if now_tai - t < EXPIRY_S}
+        return False
+
     def _take_in(self, timeout_s: float) -> int:
+        self._tell_pool()
         messages = self._subscription.poll(timeout_s=timeout_s)
         now = self.clock.now_tai_s()
         for message in messages:
@@ -168,14 +200,17 @@ class PromptService:
     def _understand(self, message: Message, now_tai: float) -> list[Instruction]:
         fields = message.fields
         match message.topic:
-            case "ScriptQueue.nextVisit":
+            case "ScriptQueue.nextVisit" if self._takes(fields["groupId"], now_tai):
                 return self.state.announced(AnnouncedVisit.from_fields(fields), message.snd_tai, now_tai)
             case "ScriptQueue.nextVisitCanceled":
                 return self.state.canceled(fields["groupId"])
             case "Camera.endReadout":
                 return self.state.read_out(_read_out(message), now_tai)
             case "Image.hop" if (
-                fields["hop"] == "at_archive" and fields["outcome"] == "ok" and fields["detector"] >= 0
+                fields["hop"] == "at_archive"
+                and fields["outcome"] == "ok"
+                and fields["detector"] >= 0
+                and self._takes(fields["groupId"], now_tai)
             ):
                 return self.state.at_archive(_image(message), now_tai)
         return []

@@ -95,6 +95,8 @@ class _Group:
     read_out_tai: float = 0.0
     give_up_tai: float = float("inf")
     seen_tai: float = 0.0
+    is_taken: bool = False
+    """An image of it was taken in."""
 
 
 class PromptState:
@@ -173,7 +175,7 @@ class PromptState:
             )
             return [Reject(image, f"this site has no {what}")]
         group = self._group(image.group_id, now_tai)
-        group.obs_id = group.obs_id or image.obs_id
+        group.obs_id, group.is_taken = group.obs_id or image.obs_id, True
         group.waiting.pop(image.detector, None)
         return [Process(image, group.visit, group.read_out_tai)]
 
@@ -192,6 +194,11 @@ class PromptState:
         if len(self._seen) > 100_000:
             self._seen = {key: t for key, t in self._seen.items() if now_tai - t < EXPIRY_S}
         return lost
+
+    def knows(self, group_id: str) -> bool:
+        """Whether a visit was announced, or an image of its group taken in."""
+        group = self._groups.get(group_id)
+        return group is not None and (group.visit is not None or group.is_taken)
 
     def is_known(self, obs_id: str, detector: int) -> bool:
         """Whether this image was taken in already."""

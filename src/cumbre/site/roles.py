@@ -129,6 +129,12 @@ def _tape(place: str) -> Factory:
     return make
 
 
+def _catch_up(site: Site, bus: Bus, clock: Clock) -> Service:
+    from cumbre.archive.catch_up import CatchUpArchiver
+
+    return CatchUpArchiver(site=site, bus=bus, clock=clock, db=site_database(site))
+
+
 def _link(source: str, target: str) -> Factory:
     def make(site: Site, bus: Bus, clock: Clock) -> Service:
         from cumbre.simulator.network import LinkProxy
@@ -172,6 +178,23 @@ def _web(site: Site, bus: Bus, clock: Clock) -> Service:
     return WebService(site=site, bus=bus, clock=clock, db=site_database(site))
 
 
+def _control(identity: str, role: str) -> Factory:
+    def make(site: Site, bus: Bus, clock: Clock) -> Service:
+        from cumbre.observatory.control.system import ControlSystem
+
+        return ControlSystem(
+            site=site, bus=bus, clock=clock, db=site_database(site), identity=identity, role=role
+        )
+
+    return make
+
+
+def _efd(site: Site, bus: Bus, clock: Clock) -> Service:
+    from cumbre.telemetry.efd_replica import EfdReplicatorService
+
+    return EfdReplicatorService(site=site, bus=bus, clock=clock)
+
+
 def factories(site: Site) -> dict[str, Factory]:
     """Name of each role of this site → its factory, in the order of the data flow.
 
@@ -179,6 +202,11 @@ def factories(site: Site) -> dict[str, Factory]:
     """
     simulated = site.config.simulator is not None
     out: dict[str, Factory] = {"ledger": _ledger}
+    if site.config.archive.control:
+        for identity in ("control-base", "control-archive"):
+            out[identity] = _control(identity, identity)
+        out["control-base-spare"] = _control("control-base", "control-base-spare")
+        out["efd-replicator"] = _efd
     if simulated:
         out |= {"scheduler": _scheduler, "camera": _camera}
     out["headers"] = _headers
@@ -193,6 +221,8 @@ def factories(site: Site) -> dict[str, Factory]:
             for pair in range(1, pairs_into(site, name) + 1):
                 out[distributor_name(name, pair)] = _distributor(name, pair)
     out |= {f"tape-{name}": _tape(name) for name, place in site.config.places.items() if place.tape}
+    if site.config.links:
+        out["catch-up"] = _catch_up
     if site.config.places["summit"].repository:
         out["oods"] = _ingest("summit")
     if site.config.places["archive"].repository:
