@@ -74,6 +74,93 @@ class Ledger:
             {"place": place, "hops": list(COPY_HOPS)},
         )
 
+    def owed(
+        self, source: str, target: str, *, before_tai: float, since_tai: float = 0.0, limit: int = 5000
+    ) -> list[dict[str, Any]]:
+        """Detector images that came to ``source`` before a time and have no verified copy at ``target``.
+
+        Oldest first; one row each: obs_id, detector, detector_name, instrument, group_id, image_type, day_obs,
+        seq_num, came_tai, and path, byte_size and checksum of the copy at the source (None when the ledger
+        knows of none: an image that is in the camera's store only).
+        """
+        return self._db.query(
+            """
+            SELECT h.obs_id, h.detector, max(h.detector_name) AS detector_name, i.instrument, i.group_id,
+                   i.image_type, i.day_obs, i.seq_num, min(h.hop_tai) AS came_tai,
+                   max(h.path) FILTER (WHERE h.hop IN ('written', %(arrived)s) AND h.outcome = 'ok') AS path,
+                   max(h.byte_size) FILTER (WHERE h.hop IN ('written', %(arrived)s) AND h.outcome = 'ok')
+                       AS byte_size,
+                   max(nullif(h.checksum, '')) FILTER (WHERE h.hop <> 'read_out' AND h.outcome = 'ok')
+                       AS checksum
+            FROM ledger.hop h JOIN ledger.image i USING (obs_id)
+            WHERE h.detector >= 0 AND h.hop_tai BETWEEN %(since)s AND %(before)s AND h.outcome = 'ok'
+              AND (h.place = %(source)s AND h.hop = ANY(%(copies)s)
+                   OR %(source)s = 'summit' AND h.hop = 'read_out')
+              AND NOT EXISTS (
+                SELECT FROM ledger.hop c WHERE c.obs_id = h.obs_id AND c.detector = h.detector
+                  AND c.outcome = 'ok' AND c.place = %(target)s AND c.hop = ANY(%(copies)s))
+            GROUP BY h.obs_id, h.detector, i.instrument, i.group_id, i.image_type, i.day_obs, i.seq_num
+            ORDER BY i.day_obs, i.seq_num, h.obs_id, h.detector LIMIT %(limit)s
+            """,
+            {
+                "source": source, "target": target, "arrived": f"at_{source}", "before": before_tai,
+                "since": since_tai, "copies": list(COPY_HOPS), "limit": limit,
+            },
+        )  # fmt: skip
+
+    def held(self, place: str, obs_ids: Sequence[str]) -> set[tuple[str, str]]:
+        """(obs_id, detector name) of these images that have a verified copy at a place."""
+        rows = self._db.execute(
+            "SELECT obs_id, detector_name FROM ledger.hop WHERE obs_id = ANY(%s) AND place = %s"
+            " AND outcome = 'ok' AND hop = ANY(%s)",
+            (list(obs_ids), place, list(COPY_HOPS)),
+        )
+        return {(row[0], row[1]) for row in rows}
+
+    def night(self, day_obs: int, tapes: Sequence[str] = ()) -> dict[str, Any]:
+        """What became of one night's detector images, counted.
+
+        Parameters
+        ----------
+        tapes
+            Hops of the site's tapes; ``on_tape`` counts what is on all of them.
+        """
+        return self._db.query(
+            """
+            WITH d AS (
+                SELECT h.obs_id, h.detector, bool_or(h.hop IN ('read_out', 'written') AND h.outcome = 'ok') AS taken,
+                       bool_or(h.hop = 'written' AND h.outcome = 'ok') AS written,
+                       bool_or(h.hop = 'at_base' AND h.outcome = 'ok') AS at_base,
+                       bool_or(h.hop = 'at_archive' AND h.outcome = 'ok') AS at_archive,
+                       count(DISTINCT h.hop) FILTER (WHERE h.hop = ANY(%(tapes)s) AND h.outcome = 'ok') AS tapes,
+                       bool_or(h.outcome <> 'ok') AS failed,
+                       bool_or(h.hop = 'at_archive' AND h.message LIKE 'shipped%%'
+                               OR h.hop = 'at_base' AND h.message LIKE 'shipped%%') AS shipped
+                FROM ledger.hop h JOIN ledger.image i USING (obs_id)
+                WHERE i.day_obs = %(day)s AND h.detector >= 0 GROUP BY h.obs_id, h.detector)
+            SELECT (SELECT count(*) FROM ledger.image WHERE day_obs = %(day)s) AS images,
+                   count(*) FILTER (WHERE taken) AS expected, count(*) FILTER (WHERE written) AS written,
+                   count(*) FILTER (WHERE at_base) AS at_base, count(*) FILTER (WHERE at_archive) AS at_archive,
+                   count(*) FILTER (WHERE tapes = %(all)s) AS on_tape,
+                   count(*) FILTER (WHERE taken AND NOT at_archive) AS missing,
+                   (SELECT count(DISTINCT (x.obs_id, x.detector)) FROM ledger.hop_history x
+                    JOIN ledger.image i USING (obs_id) WHERE i.day_obs = %(day)s AND x.hop = 'transmitted'
+                      AND x.outcome = 'ok' AND x.message LIKE 'catch-up%%') AS resent,
+                   count(*) FILTER (WHERE shipped) AS shipped, count(*) FILTER (WHERE failed) AS failed
+            FROM d
+            """,
+            {"day": day_obs, "tapes": list(tapes), "all": len(tapes)},
+        )[0]
+
+    def nights(self, since_tai: float) -> list[int]:
+        """Observing days of which something was reported after a time."""
+        rows = self._db.execute(
+            "SELECT DISTINCT i.day_obs FROM ledger.hop h JOIN ledger.image i USING (obs_id)"
+            " WHERE h.hop_tai >= %s AND i.day_obs IS NOT NULL ORDER BY 1",
+            (since_tai,),
+        )
+        return [int(row[0]) for row in rows]
+
     def why(self, obs_id: str) -> list[str]:
         """Sentences for people: for each detector the last hop reached, what failed, and how long ago.
 
@@ -152,7 +239,7 @@ class Ledger:
         if not policy_places:
             return False
         rows = self._newest(obs_id, detector)
-        gone = [row for row in rows if row["hop"] in ("quarantined", "deleted")]
+        gone = [row for row in rows if row["hop"] in ("quarantined", "deleted", "dropped")]
         copies = [
             row for row in rows if row["hop"] in COPY_HOPS and row["outcome"] == "ok" and row["checksum"]
         ]

@@ -1,0 +1,391 @@
+"""Catch-Up Archiver: what did not go the usual way is brought home, oldest first, and each night is summed up.
+
+It compares the camera's store, raw files, outage buffers and tapes with the ledger, sends what is missing over
+its own connections within its own bandwidth, always offers before it sends, and has the image writer write
+again what only the camera still holds. It works while ``CatchUpArchiver.detailedState`` says enabled, or
+when nobody ever said anything.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import queue
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from cumbre.archive.addresses import route
+from cumbre.archive.night_summary import NightSummaries
+from cumbre.archive.owed import Finder, InCamera, Owed
+from cumbre.archive.sender import Sender
+from cumbre.capture.hops import hop_fields, publish_hop, publish_hops
+from cumbre.core.errors import CumbreError, NotFoundError
+from cumbre.ledger import Ledger
+
+if TYPE_CHECKING:
+    from cumbre.bus import Bus
+    from cumbre.core.configuration import Link, Site
+    from cumbre.core.time import Clock
+    from cumbre.stores.postgres import Database
+
+log = logging.getLogger(__name__)
+
+POOL = "catch-up"
+STATE_TOPIC = "CatchUpArchiver.detailedState"
+RECAPTURE = "Writer.recapture"
+MAX_QUEUED = 2000
+BEAT_S = 1.0
+PING_S = 5.0
+FILES_EVERY = 6
+"""A look at all files comes with every so many looks at the ledger."""
+
+
+class Pace:
+    """A bandwidth cap that several threads share."""
+
+    def __init__(self, bytes_per_s: float | None) -> None:
+        self._rate = bytes_per_s
+        self._lock = threading.Lock()
+        self._free_at = 0.0
+
+    def reserve(self, size: int) -> float:
+        """Real seconds to wait before sending so many bytes."""
+        if self._rate is None:
+            return 0.0
+        with self._lock:
+            begin = max(self._free_at, time.monotonic())
+            self._free_at = begin + size / self._rate
+            return begin - time.monotonic()
+
+
+@dataclass(order=True)
+class _Work:
+    order: tuple[Any, ...]
+    owed: Owed = field(compare=False)
+    attempts: int = field(default=0, compare=False)
+
+
+class _Way:
+    """One link: a queue and threads that each have a connection of their own."""
+
+    def __init__(self, *, site: Site, bus: Bus, link: Link, finder: Finder) -> None:
+        self.finder, self._site, self._bus, self._link = finder, site, bus, link
+        self.name = f"{link.source}-{link.target}"
+        settings = site.config.catch_up
+        limit = settings.bandwidth_mbit_s
+        self._pace = Pace(limit * 125e3 if limit else None)
+        self.results: queue.SimpleQueue[tuple[_Work, dict[str, Any] | CumbreError]] = queue.SimpleQueue()
+        self._wake = threading.Condition()
+        self._waiting: list[_Work] = []
+        self.on_way: set[str] = set()
+        self.later: dict[str, tuple[float, int]] = {}
+        """Keys that failed: monotonic time before which they are left alone, and tries so far."""
+        self.sent_bytes = 0
+        self._pools: dict[int, str] = {}
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=self._serve, args=(n,), name=f"catch-up-{n}", daemon=True)
+            for n in range(1, settings.connections + 1)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def skips(self, key: str) -> bool:
+        """Whether a file is on its way, or was tried a moment ago."""
+        return key in self.on_way or time.monotonic() < self.later.get(key, (0.0, 0))[0]
+
+    def add(self, owed: Owed) -> None:
+        """Queue a file."""
+        key = owed.parcel.key
+        if self.skips(key):
+            return
+        with self._wake:
+            self.on_way.add(key)
+            heapq.heappush(self._waiting, _Work(owed.key.order, owed, self.later.get(key, (0.0, 0))[1]))
+            self._wake.notify()
+
+    def clear(self) -> None:
+        """Begin nothing more; what runs ends."""
+        with self._wake:
+            for work in self._waiting:
+                self.on_way.discard(work.owed.parcel.key)
+                self.finder.release(work.owed)
+            self._waiting.clear()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether enough is queued for now."""
+        return len(self._waiting) >= MAX_QUEUED
+
+    def close(self) -> None:
+        """Stop the threads and leave the pool."""
+        self._closed = True
+        with self._wake:
+            self._wake.notify_all()
+        for thread in self._threads:
+            thread.join(timeout=2.0)
+
+    def beat(self) -> None:
+        """Heartbeats of the connections that stand."""
+        for number, pool in list(self._pools.items()):
+            self._bus.publish(
+                "Replicator.heartbeat",
+                {
+                    "name": self._role(number), "link": self.name, "pair": number, "pool": pool,
+                    "queued": len(self._waiting), "bytesPerS": self.sent_bytes / BEAT_S / len(self._pools),
+                },
+            )  # fmt: skip
+        self.sent_bytes = 0
+
+    def _role(self, number: int) -> str:
+        return f"catch-up-{self.name}-{number}"
+
+    def _serve(self, number: int) -> None:
+        """Loop of one connection."""
+        sender: Sender | None = None
+        pause_s, pinged = 0.2, 0.0
+        while not self._closed:
+            try:
+                if sender is None:
+                    pair = (number - 1) % self._link.pairs + 1
+                    sender = Sender.to(self._site, self._link.source, self._link.target, pair=pair)
+                    sender.ping()
+                    self._register(number, POOL, "connected")
+                    pause_s, pinged = 0.2, time.monotonic()
+                work = self._next()
+                if work is not None:
+                    self._send(sender, work)
+                    pinged = time.monotonic()
+                elif time.monotonic() - pinged > PING_S:
+                    sender.ping()
+                    pinged = time.monotonic()
+            except Exception as error:
+                # The loop of a worker: one file must never stop the link.
+                if self._pools.get(number):
+                    log.warning("%s: %s", self._role(number), error)
+                if sender is not None:
+                    sender.close()
+                    sender = None
+                self._register(number, "", str(error))
+                with self._wake:
+                    self._wake.wait(pause_s)
+                pause_s = min(pause_s * 2, 5.0)
+        if sender is not None:
+            sender.close()
+        self._register(number, "", "stopped")
+
+    def _next(self) -> _Work | None:
+        with self._wake:
+            if not self._waiting:
+                self._wake.wait(0.2)
+            return heapq.heappop(self._waiting) if self._waiting and not self._closed else None
+
+    def _send(self, sender: Sender, work: _Work) -> None:
+        work.attempts += 1
+        before = sender.sent_bytes
+        try:
+            end = time.monotonic() + self._pace.reserve(work.owed.parcel.size)
+            while not self._closed and (left := end - time.monotonic()) > 0:
+                time.sleep(min(left, 0.5))
+            answer = sender.deliver(work.owed.parcel, work.owed.path, ask_first=True)
+        except CumbreError as error:
+            self.results.put((work, error))
+            raise
+        except OSError as error:
+            self.results.put((work, NotFoundError(f"{work.owed.path}: {error}")))
+            raise
+        self.sent_bytes += sender.sent_bytes - before
+        self.results.put((work, answer))
+
+    def _register(self, number: int, pool: str, reason: str) -> None:
+        if self._pools.get(number, "") == pool:
+            return
+        if pool:
+            self._pools[number] = pool
+        else:
+            self._pools.pop(number, None)
+        try:
+            address = ":".join(map(str, route(self._site, self._link.source, self._link.target)))
+        except CumbreError:
+            address = ""
+        self._bus.publish(
+            "Replicator.registration",
+            {
+                "name": self._role(number), "link": self.name, "pair": number, "pool": pool,
+                "reason": reason[:500], "address": address,
+            },
+        )  # fmt: skip
+
+
+class CatchUpArchiver:
+    """The service; one a machine that has files to send.
+
+    Parameters
+    ----------
+    db
+        Database of the ledger.
+    """
+
+    name = "catch-up"
+
+    def __init__(self, *, site: Site, bus: Bus, clock: Clock, db: Database) -> None:
+        self._site, self._bus, self._clock = site, bus, clock
+        self._settings = site.config.catch_up
+        ledger = Ledger(db)
+        self._ways: list[_Way] = []
+        for link in site.config.links:
+            finder = Finder(
+                site=site, clock=clock, db=db, ledger=ledger, source=link.source, target=link.target,
+                grace_s=self._settings.grace_s,
+            )  # fmt: skip
+            self._ways.append(_Way(site=site, bus=bus, link=link, finder=finder))
+        self._summaries = NightSummaries(site=site, bus=bus, clock=clock, ledger=ledger)
+        self._recaptured: dict[str, tuple[float, int]] = {}
+        self._haves: Counter[str] = Counter()
+        self._next_scan, self._next_beat, self._scans = 0.0, 0.0, 0
+
+    @property
+    def is_enabled(self) -> bool:
+        """Whether it may begin transfers."""
+        last = self._bus.latest(STATE_TOPIC)
+        return last is None or last.fields["processing"] == "enabled"
+
+    def step(self, timeout_s: float) -> int:
+        """Look for what is owed when it is time, report what was delivered; gives the number of files."""
+        end = time.monotonic() + timeout_s
+        count = 0
+        while True:
+            count += sum(self._settle(way) for way in self._ways)
+            now = time.monotonic()
+            if now >= self._next_beat:
+                self._next_beat = now + BEAT_S
+                for way in self._ways:
+                    way.beat()
+            if now >= self._next_scan:
+                self._next_scan = now + self._settings.every_s
+                self._scan()
+            if count or now >= end:
+                return count
+            time.sleep(min(0.1, max(end - now, 0.0)))
+
+    def close(self) -> None:
+        """Stop; what is owed is found again."""
+        for way in self._ways:
+            way.close()
+
+    def _scan(self) -> None:
+        if not self.is_enabled:
+            for way in self._ways:
+                way.clear()
+            return
+        self._scans += 1
+        for way in self._ways:
+            if not way.finder.is_here:
+                continue
+            found = way.finder.look(way.skips)
+            if self._scans % FILES_EVERY == 1:
+                found = _chained(found, way.finder.look_at_files())
+            for item in found:
+                if isinstance(item, InCamera):
+                    self._recapture(item)
+                elif way.is_full:
+                    break
+                else:
+                    way.add(item)
+        self._summaries.tell()
+
+    def _recapture(self, item: InCamera) -> None:
+        """Have the image writer write what only the camera holds; ever rarer while nothing comes of it."""
+        not_before, tries = self._recaptured.get(item.obs_id, (0.0, 0))
+        now = self._clock.now_tai_s()
+        if now < not_before:
+            return
+        self._recaptured[item.obs_id] = (now + 60.0 * 2 ** min(tries, 8), tries + 1)
+        log.info(
+            "%s: %d detectors only in the camera's store; written again", item.obs_id, len(item.detectors)
+        )
+        self._bus.publish(RECAPTURE, {"obsId": item.obs_id, "detectors": list(item.detectors)})
+
+    def _settle(self, way: _Way) -> int:
+        """Tell what became of files that were sent."""
+        count = 0
+        while True:
+            try:
+                work, answer = way.results.get_nowait()
+            except queue.Empty:
+                return count
+            count += 1
+            owed, key = work.owed, work.owed.parcel.key
+            way.on_way.discard(key)
+            way.finder.release(owed)
+            word = "" if isinstance(answer, CumbreError) else str(answer.get("answer"))
+            if word in ("ok", "have") and answer.get("sha256") == owed.parcel.sha256:  # type: ignore[union-attr]
+                way.later[key] = (time.monotonic() + 2 * self._settings.every_s, 0)
+                self._delivered(way, work, sent=word == "ok")
+            else:
+                pause_s = min(self._settings.every_s * 2**work.attempts, 600.0)
+                way.later[key] = (time.monotonic() + pause_s, work.attempts)
+                self._failed(way, work, answer)
+
+    def _delivered(self, way: _Way, work: _Work, *, sent: bool) -> None:
+        owed = work.owed
+        if not owed.key.is_detector:
+            return
+        source, target = way.finder.source, way.finder.target
+        if sent:
+            publish_hop(
+                self._bus,
+                self._clock,
+                owed.piece,
+                "transmitted",
+                place=source,
+                path=owed.path,
+                byte_size=owed.parcel.size,
+                checksum=owed.parcel.sha256,
+                message=f"catch-up: sent to {target} from {owed.origin}",
+                attempt=work.attempts,
+            )
+            return
+        self._haves[owed.parcel.key] += 1
+        if self._haves[owed.parcel.key] == 2:
+            # It is there, read again by its receiver, and the ledger still does not know: its hop was lost.
+            path = self._site.path(self._site.config.places[target].raw) / owed.parcel.key
+            hop = hop_fields(
+                self._clock,
+                owed.piece,
+                f"at_{target}",
+                place=target,
+                path=path,
+                byte_size=owed.parcel.size,
+                checksum=owed.parcel.sha256,
+                message="catch-up: found there",
+            )
+            publish_hops(self._bus, [hop])
+
+    def _failed(self, way: _Way, work: _Work, answer: dict[str, Any] | CumbreError) -> None:
+        if isinstance(answer, CumbreError):
+            outcome, message = answer.outcome, str(answer)
+        else:
+            words = {"conflict": "Conflict", "refused": "UnprocessableData"}
+            outcome = words.get(str(answer.get("answer")), "Transient")
+            message = f"answer {answer.get('answer')!r} {answer.get('error', '')}"
+        log.warning("%s: %s: %s", way.name, work.owed.parcel.key, message)
+        if work.owed.key.is_detector and work.attempts & (work.attempts - 1) == 0:
+            publish_hop(
+                self._bus,
+                self._clock,
+                work.owed.piece,
+                "transmitted",
+                place=way.finder.source,
+                outcome=outcome,
+                message=f"catch-up: {message}",
+                attempt=work.attempts,
+            )
+
+
+def _chained(*parts: Any) -> Any:
+    for part in parts:
+        yield from part
