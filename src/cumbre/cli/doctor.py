@@ -13,7 +13,7 @@ import click
 
 from cumbre.cli.main import print_json
 from cumbre.core.configuration import Site
-from cumbre.core.errors import CumbreError
+from cumbre.core.errors import CumbreError, UserError
 
 MODULES = ("numpy", "numba", "cv2", "sep", "fitsio", "astropy", "pyarrow", "psycopg", "lsst.daf.butler",
            "distributed", "confluent_kafka", "fastavro")  # fmt: skip
@@ -24,15 +24,21 @@ MIN_FILES = 1024
 
 @click.command()
 @click.option("--site", "folder", type=click.Path(path_type=Path), help="Also check this site.")
+@click.option(
+    "--accept-software", is_flag=True, help="Record that what is installed here may run at this site."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def doctor(folder: Path | None, as_json: bool) -> None:
+def doctor(folder: Path | None, accept_software: bool, as_json: bool) -> None:
     """Check everything that a site needs, and say what to do about what is wrong.
 
     \b
     Examples:
       cumbre doctor
       cumbre doctor --site ./site --json
+      cumbre doctor --site ./site --accept-software
     """
+    if accept_software:
+        _accept(folder)
     results = [_run(name, check) for name, check in _checks(folder)]
     if as_json:
         print_json(results)
@@ -62,6 +68,7 @@ def _checks(folder: Path | None) -> Iterator[tuple[str, Callable[[], tuple[bool,
         yield "site file", lambda: (True, f"{Site.load(folder).config.profile} profile is valid")
         yield "services", lambda: _services(folder)
         yield "ledger", lambda: _ledger(folder)
+        yield "software", lambda: _software(folder)
 
 
 def _interpreter() -> tuple[bool, str]:
@@ -121,4 +128,43 @@ def _ledger(folder: Path) -> tuple[bool, str]:
     missing = list(Ledger(site_database(site)).missing("archive"))
     return not missing, f"{len(missing)} detector images not at the archive" + (
         "; see: cumbre query ledger missing" if missing else ""
+    )
+
+
+def _accept(folder: Path | None) -> None:
+    """Record the installed software in the control database."""
+    from cumbre.observatory.component.client import person
+    from cumbre.observatory.control.schema import prepare
+    from cumbre.observatory.control.software import accept_installed
+    from cumbre.site.roles import open_site_clock, site_database
+
+    if folder is None:
+        raise UserError("--accept-software: expected --site too: it is recorded in the site's database")
+    site = Site.load(folder)
+    db = site_database(site)
+    prepare(db)
+    version, digest = accept_installed(db, by=person(), now_tai=open_site_clock(site).now_tai_s())
+    click.echo(f"accepted: version {version}, {digest}", err=True)
+
+
+def _software(folder: Path) -> tuple[bool, str]:
+    from cumbre import __version__
+    from cumbre.cli.up import status_of
+    from cumbre.observatory.control.schema import prepare
+    from cumbre.observatory.control.software import installed_hash, is_accepted
+    from cumbre.site.roles import site_database
+
+    site, digest = Site.load(folder), installed_hash()
+    here = f"version {__version__}, {digest[:19]}…"
+    if not site.config.archive.control or site.config.control.software == "installed":
+        return True, here
+    if not status_of(site)["up"]:
+        return True, f"{here}; not checked: the site is down"
+    db = site_database(site)
+    prepare(db)
+    if is_accepted(db, __version__, digest):
+        return True, f"{here}, accepted"
+    return (
+        False,
+        f"{here} is not accepted here; when it is what it should be: cumbre doctor --accept-software",
     )

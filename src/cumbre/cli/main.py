@@ -36,6 +36,7 @@ VERBS = {
     "release": ("cumbre.cli.release", "release", "Load, verify, open and close release catalogues."),
     "instrument": ("cumbre.cli.instrument", "instrument", "List, show and check instrument descriptions."),
     "token": ("cumbre.cli.token", "token", "Make API tokens and put users into groups."),
+    "command": ("cumbre.cli.command", "command", "Command an entity of the control system."),
     "doctor": ("cumbre.cli.doctor", "doctor", "Check this machine and a site, and say what to do."),
 }
 

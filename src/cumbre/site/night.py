@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cumbre.bus import Bus
 from cumbre.core.configuration import Site
 from cumbre.core.errors import CumbreError, DeadlineError, UserError
 from cumbre.core.instrument import load_instrument
@@ -167,6 +168,38 @@ def wait_ready(site: Site) -> None:
             raise DeadlineError(
                 f"not ready after {READY_DEADLINE_S:.0f} s: {', '.join(sorted(waiting))}; see {logs}"
             )
+    if site.config.archive.control:
+        _wait_enabled(site, bus, enabled)
+
+
+def _wait_enabled(site: Site, bus: Bus, pids: dict[str, int]) -> None:
+    """Wait until control has enabled what ``control.start`` names: what begins before is not processed.
+
+    Raises
+    ------
+    DeadlineError
+        Names the entities that are not, and what they say.
+    """
+    acting = {str(pid) for name, pid in pids.items() if name.startswith("control-base")}
+    deadline = time.monotonic() + READY_DEADLINE_S
+    waiting = dict.fromkeys(site.config.control.start, "no control system acts")
+    while waiting:
+        system = bus.latest("Control.system", key="control-base")
+        if system is not None and system.fields["holder"].rpartition(" ")[2] in acting:
+            for name in list(waiting):
+                last = bus.latest(f"{name}.detailedState")
+                if last is None or last.fields["epoch"] != system.fields["epoch"]:
+                    continue
+                if last.fields["processing"] == "enabled":
+                    del waiting[name]
+                else:
+                    waiting[name] = last.fields["commandInProgress"] or last.fields["protocolState"]
+        if waiting and time.monotonic() > deadline:
+            said = ", ".join(f"{name} ({state})" for name, state in waiting.items())
+            raise DeadlineError(
+                f"not enabled after {READY_DEADLINE_S:.0f} s: {said}; see {site.root / 'logs' / 'control-base.log'}"
+            )
+        time.sleep(0.1 if waiting else 0.0)
 
 
 def begin(site: Site, visits: int) -> None:
