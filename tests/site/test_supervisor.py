@@ -71,3 +71,15 @@ def test_unknown_roles_are_named(site):
     site.config.roles = ["writer", "cook"]
     with pytest.raises(ConfigurationError, match="cook"):
         roles_of(site)
+
+
+def test_a_service_that_outlives_its_supervisor_is_ended_by_the_next(site):
+    start_detached(site)
+    hung = pid_of(site, "writer-1")
+    os.kill(hung, signal.SIGSTOP)  # it cannot obey when its supervisor dies
+    os.kill(read_state(site)["pid"], signal.SIGKILL)
+    wait_for(lambda: read_state(site) is None)
+    assert alive(hung)
+    start_detached(site)
+    assert not alive(hung)
+    assert pid_of(site, "writer-1") != hung

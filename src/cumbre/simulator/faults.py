@@ -121,7 +121,7 @@ class FaultInjector:
             "bus_locked": self._unlock_bus,
         }
         self._stopped: dict[Fault, list[psutil.Process]] = {}
-        self._stepped: dict[Fault, tuple[Clock, float]] = {}
+        self._stepped: dict[Fault, tuple[Clock, set[int]]] = {}
         self._locks: dict[Fault, sqlite3.Connection] = {}
 
     def begin(self, fault: Fault) -> str:
@@ -263,20 +263,18 @@ class FaultInjector:
         before = Clock.load(self.site.clock_path)
         step = fault.details["step_s"]
         Clock(before.tai0_s + step, before.mono0_s, before.rate).save(self.site.clock_path)
-        self._stepped[fault] = (before, time.time())
+        self._stepped[fault] = (before, set(self._pids().values()))
         # A process reads the clock when it starts: this one now lives in another time than the others.
         with contextlib.suppress(Skipped, ProcessLookupError):
             os.kill(self._pid(fault.target), signal.SIGTERM)
         return f"{step:+.0f} s of night time"
 
     def _clock_back(self, fault: Fault) -> None:
-        clock, since = self._stepped.pop(fault)
+        clock, before = self._stepped.pop(fault)
         clock.save(self.site.clock_path)
         for name, pid in self._pids().items():
-            if name in ("postgres", "supervisor"):
-                continue
-            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-                if psutil.Process(pid).create_time() >= since - 1.0:
+            if name not in ("postgres", "supervisor") and pid not in before:
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGTERM)
 
     # sensors
@@ -398,4 +396,3 @@ def settle_disks(root: Path) -> None:
             raise NotFoundError(f"{place}: cannot be unmounted: {gone.stderr.strip()}")
         place.rmdir()
         keep.rename(place)
-

@@ -33,11 +33,13 @@ log = logging.getLogger("cumbre")
 
 SHARED_IMPORTS = ("numpy", "psycopg", "cumbre.bus", "cumbre.stores.postgres", "cumbre.capture.hops", "fitsio")
 """What most services import; loaded once before they are forked. Nothing here starts a thread."""
+MODULE = "cumbre.site.supervisor"
 STATE_FILE = "run/supervisor.json"
 LOCK_FILE = "run/supervisor.lock"
 DSN_FILE = "run/postgres.dsn"
 BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0)
 STOP_DEADLINE_S = 8.0
+ORPHAN_DEADLINE_S = 3.0
 STABLE_S = 20.0
 THREADS = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
@@ -100,6 +102,25 @@ class Supervisor:
             raise ConflictError(
                 f"{self.site.root}: the site is up already; see: cumbre status --site {self.site.root}"
             ) from None
+
+    def end_orphans(self) -> None:
+        """End what a killed supervisor left behind: no role may ever run twice.
+
+        The kernel asked these processes to stop when their parent died; one that hangs or is slow still runs.
+        """
+        orphans = []
+        for process in psutil.process_iter(["cmdline"]):
+            words = process.info["cmdline"] or []
+            # Services are forks of their supervisor and keep its command line.
+            if MODULE in words and str(self.site.root) in words and process.pid != os.getpid():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.terminate()
+                    orphans.append(process)
+        for process in psutil.wait_procs(orphans, timeout=ORPHAN_DEADLINE_S)[1]:
+            log.warning("pid %d of a former supervisor does not stop; killed", process.pid)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+                process.wait(STOP_DEADLINE_S)
 
     def start_database(self) -> None:
         """Start or adopt the embedded server and write its DSN for the others."""
@@ -190,6 +211,7 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: setattr(self, "stopping", True))
         self.acquire()
+        self.end_orphans()
         self.start_database()
         for module in SHARED_IMPORTS:
             importlib.import_module(module)
@@ -268,7 +290,7 @@ def start_detached(site: Site, *, wait_s: float = 60.0) -> dict[str, Any]:
     # A session of its own and no parent that waits: it outlives us on purpose.
     pid = os.posix_spawn(
         sys.executable,
-        [sys.executable, "-m", "cumbre.site.supervisor", str(site.root)],
+        [sys.executable, "-m", MODULE, str(site.root)],
         os.environ | THREADS,
         file_actions=[
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
