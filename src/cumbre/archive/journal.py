@@ -103,10 +103,10 @@ SETTLED_S = 5.0
 """Real seconds after which a file's own event must have come, if it ever comes."""
 
 
-def is_settled(path: Path) -> bool:
+def is_settled(path: Path, seconds: float = SETTLED_S) -> bool:
     """Whether a file is old enough for a scan to take it up without its event."""
     try:
-        return time.time() - path.stat().st_mtime > SETTLED_S
+        return time.time() - path.stat().st_mtime > seconds
     except FileNotFoundError:
         return False
 

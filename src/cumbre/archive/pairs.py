@@ -6,6 +6,8 @@ Replicator *k* (summit to base) sends to distributor ``base-k``, forwarder *k* (
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import zlib
 from pathlib import Path
 
@@ -50,3 +52,34 @@ def raft_of(detector_name: str) -> str:
 def share(obs_id: ObsId, part: str, pairs: int) -> int:
     """Pair that sends a part of an image where nobody assigns jobs; neighbouring images take turns."""
     return (obs_id.seq_num + zlib.crc32(part.encode())) % pairs + 1
+
+
+class PairLock:
+    """Shows the other pairs of this machine that one runs, until its process ends in whatever way."""
+
+    def __init__(self, site: Site, name: str) -> None:
+        path = _lock_path(site, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = path.open("ab")
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def close(self) -> None:
+        """Let it go."""
+        self._stream.close()
+
+    @staticmethod
+    def is_held(site: Site, name: str) -> bool:
+        """Whether a pair's process runs."""
+        try:
+            with _lock_path(site, name).open("ab") as stream:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
+
+def _lock_path(site: Site, name: str) -> Path:
+    return site.path(f"run/{name}.lock")

@@ -1,7 +1,9 @@
 """Relays: what was written at one place goes to the next, through an outage buffer, oldest image first.
 
 The replicator takes ``written`` at the summit to the base, the forwarder ``at_base`` to the archive. A file
-leaves the buffer only when the receiver says that it has it on disk with the same checksum.
+leaves the buffer only when the receiver says that it has it on disk with the same checksum. Where there is a
+control system a replicator sends what its jobs say and leaves the rest to the Catch-Up Archiver; else the pairs
+of a link share all that comes.
 """
 
 from __future__ import annotations
@@ -12,12 +14,15 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cumbre.archive.addresses import link_of
 from cumbre.archive.buffer import Entry, open_buffer
 from cumbre.archive.journal import Journal, group_of, is_settled, raw_files
-from cumbre.archive.pairs import raft_of, relay_name, share
+from cumbre.archive.link_watch import LinkWatch, probe_folders
+from cumbre.archive.orders import JOB_TOPIC, Orders
+from cumbre.archive.pairs import PairLock, link_name, raft_of, relay_name, share
+from cumbre.archive.pool import FULL, TAPE
 from cumbre.archive.protocol import Parcel
 from cumbre.archive.sender import Sender
 from cumbre.capture.hops import (
@@ -53,24 +58,32 @@ TRANSMITTED = "transmitted"
 SENT = "sent"
 LOST = "given up"
 MAX_PAUSE_S = 5.0
+MAX_MODE_CHARS = 200
+PARK_S = 60.0
+"""Real seconds that a file is left to other pairs and the Catch-Up Archiver."""
+ORPHAN_S = 60.0
+"""Real seconds after which a pair takes over a file whose own pair does not run."""
 QUICK_TRIES = 3
 
 
 class Relay:
-    """Sends files of one place to another.
+    """One pair's sending end.
 
     Parameters
     ----------
+    pair
+        Number of the pair.
     scan_every_s
-        Real seconds between catch-up scans of the source's raw files.
+        Real seconds between scans of the source's raw files (only where no jobs are assigned).
     """
 
-    name = "relay"
     source = "summit"
     target = "base"
     watched_hop = "written"
     tells_buffered = False
     tells_sent = False
+    obeys_jobs = False
+    """Whether the control system, where there is one, says what is sent; else the pairs share what comes."""
 
     def __init__(
         self, *, site: Site, bus: Bus, clock: Clock, pair: int = 1, scan_every_s: float = 20.0
@@ -83,66 +96,107 @@ class Relay:
         self.buffer = open_buffer(site=site, bus=bus, clock=clock, place=self.source, pair=pair)
         self._journal = Journal(site.path(f"{self.source}/sent-{self.target}"))
         self._ids = detector_ids(site.config)
-        self._subscription = bus.subscribe([HOP_TOPIC], start="earliest", consumer=f"{self.name}-hops")
         self._results: queue.SimpleQueue[tuple[Entry, CumbreError | None]] = queue.SimpleQueue()
         self._wake = threading.Condition()
         self._closed = False
         self._scan_every_s, self._next_scan = scan_every_s, 0.0
+        self._progress: dict[str, int] = {}
+        self._running = PairLock(site, self.name)
+        self.orders: Orders | None = None
+        recovered: list[dict[str, Any]] = []
+        topics = [HOP_TOPIC]
+        if self.obeys_jobs and site.config.archive.control:
+            self.orders = Orders(link_name(self.source, self.target), pair, bus, clock)
+            recovered = self.orders.recover(self.watched_hop, self.source)
+            topics.append(JOB_TOPIC)
+        self._subscription = bus.subscribe(topics, start="earliest", consumer=f"{self.name}-hops")
+        self.watch = LinkWatch(
+            site=site, bus=bus, source=self.source, target=self.target, pair=pair, name=self.name,
+            queued=lambda: len(self.buffer), stores=self._test_stores, changed=self._wake_up,
+        )  # fmt: skip
         self._threads = [
             threading.Thread(target=self._send_forever, name=f"{self.name}-{n}", daemon=True)
             for n in range(self._link.connections)
         ]
         for thread in self._threads:
             thread.start()
+        for fields in recovered:
+            self._take_in(fields)
 
     def step(self, timeout_s: float) -> int:
         """Buffer what was written, report what was delivered; gives the number of files of both."""
         done = self._settle()
         messages = self._subscription.poll(0.0 if done else timeout_s)
-        hops = []
+        hops: list[dict[str, object]] = []
         for message in messages:
-            try:
-                hops += self._buffer_message(message)
-            except CumbreError as error:
-                log.error("%s %s: %s", message.fields["obsId"], message.fields["detectorName"], error)
-                hops.append(
-                    hop_fields(
-                        self._clock,
-                        Piece.from_hop(message.fields),
-                        "buffered" if self.tells_buffered else TRANSMITTED,
-                        place=self.source,
-                        outcome=error.outcome,
-                        path=message.fields["path"],
-                        message=str(error),
-                    )
-                )
+            if message.topic == JOB_TOPIC:
+                hops += self._order(message)
+            elif _is_hop(message.fields, self.watched_hop, self.source):
+                hops += self._take_in(message.fields)
         publish_hops(self._bus, hops)
         if messages:
             self._subscription.commit()
-            with self._wake:
-                self._wake.notify_all()
+            self._wake_up()
         if time.monotonic() >= self._next_scan:
-            self._scan()
+            if self.orders is None:
+                self._scan()
+            else:
+                self.orders.book.forget(self._clock.now_tai_s())
             self._next_scan = time.monotonic() + self._scan_every_s
         return done + len(hops) + self._settle()
 
     def close(self) -> None:
         """Stop sending; what is not delivered stays in the buffer."""
         self._closed = True
-        with self._wake:
-            self._wake.notify_all()
+        self._wake_up()
+        self.watch.close()
         for thread in self._threads:
             thread.join(timeout=1.0)
         self._subscription.close()
+        self._running.close()
+
+    def _wake_up(self) -> None:
+        with self._wake:
+            self._wake.notify_all()
+
+    def _test_stores(self) -> dict[str, str]:
+        """What is wrong with the own stores, by name; empty when nothing is."""
+        failures = probe_folders({"raw cache": self._raw, "outage buffer": self.buffer.folder})
+        tape = self._site.config.places[self.source].tape
+        if tape and "://" not in tape:
+            failures |= probe_folders({TAPE: self._site.path(tape)})
+        return failures
 
     # into the buffer
 
-    def _buffer_message(self, message: Message) -> list[dict[str, object]]:
-        fields = message.fields
-        if (fields["hop"], fields["outcome"], fields["place"]) != (self.watched_hop, "ok", self.source):
-            return []
-        if fields["detector"] < 0:
-            return []
+    def _order(self, message: Message) -> list[dict[str, object]]:
+        """A job of the control system: announce it, and take what it claims and is written already."""
+        assert self.orders is not None
+        job, files = self.orders.order(message.fields)
+        if job is not None and job.pair == self._pair:
+            self.watch.announce(job)
+        return [hop for fields in files for hop in self._take_in(fields)]
+
+    def _take_in(self, fields: dict[str, Any]) -> list[dict[str, object]]:
+        """A file was written; gives the hops to tell."""
+        try:
+            return self._buffer_file(fields)
+        except CumbreError as error:
+            log.error("%s %s: %s", fields["obsId"], fields["detectorName"], error)
+            hop = "buffered" if self.tells_buffered else TRANSMITTED
+            return [
+                hop_fields(
+                    self._clock,
+                    Piece.from_hop(fields),
+                    hop,
+                    place=self.source,
+                    outcome=error.outcome,
+                    path=fields["path"],
+                    message=str(error),
+                )
+            ]
+
+    def _buffer_file(self, fields: dict[str, Any]) -> list[dict[str, object]]:
         path = Path(fields["path"])
         try:
             key = RawKey.parse(str(path.relative_to(self._raw)))
@@ -151,13 +205,24 @@ class Relay:
                 f"{path}: outside {self._raw}; only files of {self.source} are sent"
             ) from error
         piece = Piece.from_hop(fields)
-        for sidecar in sorted(path.parent.glob("*.json")):
-            self._buffer_sidecar(sidecar, piece)
-        if not self._is_mine(key):
+        job = self.orders.written(fields) if self.orders is not None else None
+        if self.orders is None or job is not None:
+            for sidecar in sorted(path.parent.glob("*.json")):
+                self._buffer_sidecar(sidecar, piece, mine=job is not None)
+        if job is None and (self.orders is not None or not self._is_mine(key)):
             return []
-        parcel = Parcel(str(key), fields["byteSize"], normal_checksum(fields["checksum"]), piece.group_id)
-        added = self._add(parcel, piece)
-        return [self._buffered_hop(piece, parcel)] if added and self.tells_buffered else []
+        mode = job.mode[:MAX_MODE_CHARS] if job is not None else ""
+        checksum = normal_checksum(fields["checksum"])
+        parcel = Parcel(str(key), fields["byteSize"], checksum, piece.group_id, mode)
+        if self.orders is not None and self._journal.has(parcel.key, SENT):
+            self.orders.sent(piece, 0)
+            return []
+        if not self._add(parcel, piece):
+            return []
+        self.watch.started(parcel.key)
+        if job is not None and self.orders is not None:
+            self.orders.begin(job)
+        return [self._buffered_hop(piece, parcel)] if self.tells_buffered else []
 
     def _buffered_hop(self, piece: Piece, parcel: Parcel) -> dict[str, object]:
         path = self.buffer.data_path(parcel.key)
@@ -171,19 +236,26 @@ class Relay:
             checksum=parcel.sha256,
         )
 
-    def _buffer_sidecar(self, path: Path, piece: Piece) -> None:
+    def _buffer_sidecar(self, path: Path, piece: Piece, *, mine: bool) -> None:
         try:
             key = RawKey.parse(str(path.relative_to(self._raw)))
         except CumbreError:
             return
-        if self._is_mine(key) and str(key) not in self.buffer and not self._journal.has(str(key), SENT):
-            parcel = Parcel(str(key), path.stat().st_size, sha256_of(path), piece.group_id)
-            self._add(parcel, Piece(piece.obs_id, piece.instrument, piece.group_id))
+        if not (mine or self._is_mine(key)) or str(key) in self.buffer or self._journal.has(str(key), SENT):
+            return
+        parcel = Parcel(str(key), path.stat().st_size, sha256_of(path), piece.group_id)
+        self._add(parcel, Piece(piece.obs_id, piece.instrument, piece.group_id))
 
     def _is_mine(self, key: RawKey) -> bool:
         """Whether this pair sends a file: each part of an image by one pair, the sidecars by one."""
         part = raft_of(key.part) if key.is_detector else ""
         return share(key.obs_id, part, self._link.pairs) == self._pair
+
+    def _is_orphan(self, key: RawKey, path: Path) -> bool:
+        """Whether a file of another pair has waited long and that pair does not run."""
+        part = raft_of(key.part) if key.is_detector else ""
+        other = relay_name(self.source, share(key.obs_id, part, self._link.pairs))
+        return is_settled(path, ORPHAN_S) and not PairLock.is_held(self._site, other)
 
     def _add(self, parcel: Parcel, piece: Piece) -> bool:
         if self._journal.has(parcel.key, SENT):
@@ -202,8 +274,8 @@ class Relay:
             ):
                 continue
             path = self._raw / text
-            if not is_settled(path):
-                continue  # its event, which knows more of it, is on the way
+            if not is_settled(path) or not (self._is_mine(key) or self._is_orphan(key, path)):
+                continue  # its event, which knows more of it, is on the way; or it is another pair's
             try:
                 group_id = group_of(path)
                 piece = Piece(str(key.obs_id), key.instrument, group_id)
@@ -227,10 +299,18 @@ class Relay:
         sender: Sender | None = None
         pause_s = 0.05
         while not self._closed:
-            entry = self.buffer.take(time.monotonic())
+            # With control, a local-only pair keeps what it has: its jobs go to pairs that can send.
+            may_send = self.orders is None or self.watch.pool == FULL
+            entry = self.buffer.take(time.monotonic()) if may_send else None
             if entry is None:
                 with self._wake:
                     self._wake.wait(0.2)
+                continue
+            if self._journal.has(entry.parcel.key, SENT):
+                self._results.put((entry, None))
+                continue
+            if self.orders is not None and self.orders.is_elsewhere(entry.piece):
+                self._park(entry)
                 continue
             try:
                 if sender is None:
@@ -245,8 +325,13 @@ class Relay:
                 pause_s = 0.05
             except Exception as error:
                 # The loop of a worker: one file must never stop the link.
+                if sender.resumed_at > self._progress.get(entry.parcel.key, 0):
+                    # A big file that gets on, however slowly, is not a file that fails.
+                    self._progress[entry.parcel.key] = sender.resumed_at
+                    entry.attempts = min(entry.attempts, 1)
                 sender.close()
                 sender = None
+                self.watch.doubt()
                 self._try_later(entry, error)
                 pause_s = self._pause(pause_s)
         if sender is not None:
@@ -270,7 +355,12 @@ class Relay:
                 self._results.put((entry, error))
                 return
         else:
-            answer = sender.deliver(entry.parcel, path, ask_first=entry.resumed or entry.attempts > 1)
+            before = sender.sent_bytes
+            try:
+                ask_first = entry.resumed or entry.attempts > 1 or not entry.key.is_detector
+                answer = sender.deliver(entry.parcel, path, ask_first=ask_first)
+            finally:
+                self.watch.sent(sender.sent_bytes - before)
         word, said = answer.get("answer"), answer.get("error", "")
         if word in ("ok", "have") and answer.get("sha256") == entry.parcel.sha256:
             self._results.put((entry, None))
@@ -284,6 +374,10 @@ class Relay:
     def _try_later(self, entry: Entry, error: Exception) -> None:
         """Keep an entry for another try; the first and then ever rarer failures are told."""
         log.warning("%s → %s, try %d: %s", self.source, self.target, entry.attempts, error)
+        if self.orders is not None and entry.attempts > self._link.retries:
+            self.orders.gave_up(entry.piece, error)
+            self._park(entry)
+            return
         if entry.attempts > QUICK_TRIES:
             # A file that fails again and again steps back, so that the younger ones get through.
             entry.not_before = time.monotonic() + min(0.5 * 2 ** (entry.attempts - QUICK_TRIES), 30.0)
@@ -292,6 +386,14 @@ class Relay:
             entry.failures_told += 1
             outcome = error.outcome if isinstance(error, CumbreError) else "Transient"
             self._transmission(entry, outcome, str(error))
+
+    def _park(self, entry: Entry) -> None:
+        """Leave a file to others for a while; should they send it, it is only removed here."""
+        entry.not_before = time.monotonic() + PARK_S
+        entry.attempts = min(entry.attempts, 1)
+        entry.resumed = True
+        self.watch.ended(entry.parcel.key)
+        self.buffer.give_back(entry)
 
     def _transmission(self, entry: Entry, outcome: str, message: str = "") -> None:
         """Record a transmission that failed, or that succeeded after failures; ``sent`` where it is a hop."""
@@ -314,11 +416,18 @@ class Relay:
             except queue.Empty:
                 return count
             count += 1
+            self._progress.pop(entry.parcel.key, None)
+            self.watch.ended(entry.parcel.key)
             if error is None:
-                self._transmission(entry, "ok")
-                self._journal.note(entry.parcel.key, SENT)
+                if not self._journal.has(entry.parcel.key, SENT):
+                    self._transmission(entry, "ok")
+                    self._journal.note(entry.parcel.key, SENT)
+                if self.orders is not None:
+                    self.orders.sent(entry.piece, entry.parcel.size)
             else:
                 self._give_up(entry, error)
+                if self.orders is not None:
+                    self.orders.gave_up(entry.piece, error)
             self.buffer.remove(entry)
 
     def _give_up(self, entry: Entry, error: CumbreError) -> None:
@@ -351,15 +460,20 @@ class Relay:
 class Replicator(Relay):
     """Summit to base."""
 
-    name = "replicator"
     tells_buffered = True
+    obeys_jobs = True
 
 
 class Forwarder(Relay):
     """Base to archive."""
 
-    name = "forwarder"
     source = "base"
     target = "archive"
     watched_hop = "at_base"
     tells_sent = True
+
+
+def _is_hop(fields: dict[str, Any], hop: str, place: str) -> bool:
+    return (fields["hop"], fields["outcome"], fields["place"]) == (hop, "ok", place) and fields[
+        "detector"
+    ] >= 0
