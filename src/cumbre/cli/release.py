@@ -31,6 +31,7 @@ def release() -> None:
 
     \b
     Examples:
+      cumbre release make ./dr1 --name dr1 --site ./site
       cumbre release load ./dr1 --site ./site
       cumbre release verify dr1 --site ./site
       cumbre release open dr1 --site ./site
@@ -66,6 +67,33 @@ def _bar(quiet: bool) -> Iterator[Progress]:
             progress.advance(tasks[table], rows)  # type: ignore[arg-type]
 
         yield tell
+
+
+@release.command()
+@site_option
+@click.option("--name", default="dr1", show_default=True, help="Name of the release.")
+@json_option
+@click.argument("out", type=click.Path(path_type=Path, file_okay=False))
+def make(folder: Path, name: str, as_json: bool, out: Path) -> None:
+    """Make a small release of the site's own data in folder OUT: objects of its coadds, and its visits."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from cumbre.site.release import make_release
+
+    with Progress(console=Console(stderr=True), transient=True, disable=as_json) as progress:
+        task = progress.add_task("coadds", total=None)
+        rows = make_release(
+            Site.load(folder),
+            out,
+            name,
+            progress=lambda done, of: progress.update(task, completed=done, total=of),
+        )
+    if as_json:
+        print_json({"name": name, "folder": str(out), "tables": rows})
+    else:
+        click.echo(f"● {out}: {', '.join(f'{count:,} rows of {table}' for table, count in rows.items())}")
+        click.echo(f"next: cumbre release load {out} --site {folder}")
 
 
 @release.command()
