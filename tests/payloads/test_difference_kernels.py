@@ -9,9 +9,10 @@ from scipy.signal import convolve2d
 from cumbre.core.errors import NoWorkFoundError
 from cumbre.payloads.exposure import Exposure, MaskPlane
 from cumbre.payloads.kernels.align import register
-from cumbre.payloads.kernels.detect import find_peaks, robust_rms, streak_mask
+from cumbre.payloads.kernels.detect import find_peaks, streak_mask
 from cumbre.payloads.kernels.difference import convolve_field, decorrelation_kernel
 from cumbre.payloads.kernels.kernel_match import fit_kernel, gaussian_basis, select_stamps
+from cumbre.payloads.kernels.planes import robust_rms
 from cumbre.payloads.processing import process_pair
 
 SHAPE = (500, 520)
@@ -192,6 +193,7 @@ def test_streak_is_masked():
     for offset in (-1, 0, 1):
         snr[(20 + 0.8 * t).astype(int) + offset, 30 + t] += 8
     mask = streak_mask(snr, width=9)
+    assert mask is not None
     assert mask[(20 + 0.8 * t[20:330]).astype(int), 30 + t[20:330]].mean() > 0.9
     assert mask.mean() < 0.06
 

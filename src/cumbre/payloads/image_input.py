@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from cumbre.core.errors import BadFileError, NotFoundError, UnprocessableDataError
 from cumbre.payloads.exposure import Exposure, MaskPlane
-from cumbre.payloads.kernels.detect import robust_rms
+from cumbre.payloads.kernels.planes import robust_rms
 
 logger = logging.getLogger(__name__)
 MIN_SIDE = 64

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,16 +17,16 @@ from cumbre.payloads.difference import UNUSABLE, Difference, DifferenceConfig, d
 from cumbre.payloads.exposure import Exposure, MaskPlane
 from cumbre.payloads.kernels import classify
 from cumbre.payloads.kernels.detect import (
-    Measurement,
-    compactness,
+    SaturationReach,
     find_peaks,
-    measure,
+    light_near,
     noise_peaks,
-    robust_rms,
     significance,
     streak_mask,
 )
+from cumbre.payloads.kernels.measure import Measurement, compactness, measure_sources
 from cumbre.payloads.kernels.photometry import aperture_photometry, forced_psf_photometry
+from cumbre.payloads.kernels.planes import flag_bad, flag_detected, robust_rms, sampled
 from cumbre.payloads.kernels.psf import windowed_centroid
 
 _FLOATS = (
@@ -47,6 +46,7 @@ FLAGS = {
     "flagInjected": MaskPlane.INJECTED,
 }
 EDGE_PX = 3
+_DETECTED = np.uint16(MaskPlane.DETECTED), np.uint16(MaskPlane.DETECTED_NEGATIVE)
 SOURCE_DTYPE = np.dtype(
     [("id", np.int64), *((name, np.float64) for name in _FLOATS), ("isNegative", bool), ("isDipole", bool)]
     + [("nPix", np.int32), ("pixelFlags", np.uint16), ("pixelFlagsCentre", np.uint16), ("flagCentroid", bool)]
@@ -131,21 +131,23 @@ def process_pair(
     config = config or DifferenceConfig()
     made = difference(science, template, config)
     exposure, half = made.exposure, made.psf.half
-    bad = (exposure.mask & UNUSABLE) > 0
+    bad = flag_bad(exposure.image, exposure.mask, np.uint16(UNUSABLE))
     snr = significance(exposure.image, exposure.variance, bad, made.psf, half)
     # Resampled or stacked pixels are correlated: the filtered noise is measured, not assumed.
-    scale = robust_rms(snr[~bad])
+    scale = robust_rms(sampled(snr, bad))
     scale = scale if np.isfinite(scale) and scale > 0 else 1.0
     snr /= np.float32(scale)
     fwhm = max(made.science_psf.fwhm_px, made.template_psf.fwhm_px)
     streak = streak_mask(snr, width=3.0 * fwhm)
-    exposure.mask[streak] |= np.uint16(MaskPlane.STREAK)
-    exposure.mask[snr >= config.threshold] |= np.uint16(MaskPlane.DETECTED)
-    exposure.mask[snr <= -config.threshold] |= np.uint16(MaskPlane.DETECTED_NEGATIVE)
+    if streak is not None:
+        exposure.mask[streak] |= np.uint16(MaskPlane.STREAK)
+        bad |= streak
+    flag_detected(exposure.mask, snr, np.float32(config.threshold), *_DETECTED)
     x, y, _ = find_peaks(snr, config.threshold, radius=max(2, round(0.8 * fwhm)))
     keep = _independent(x, y, np.abs(snr[y, x]), fwhm)
     x, y = x[keep][: config.max_sources], y[keep][: config.max_sources]
-    measurer = _Measurer(made, snr, scale, fwhm)
+    measurer = _Measurer(made, snr, bad, scale, fwhm)
+    del bad
     sources = measurer.table(x, y)
     metrics = dict(made.metrics)
     metrics |= {
@@ -159,7 +161,7 @@ def process_pair(
         "noise_slope_positive": measurer.tails[0][1],
         "noise_peaks_negative": measurer.tails[1][0],
         "noise_slope_negative": measurer.tails[1][1],
-        "streak_fraction": float(streak.mean()),
+        "streak_fraction": 0.0 if streak is None else float(streak.mean()),
     }
     features = np.array([measurer.features[i] for i in sources["id"]]).reshape(
         len(sources), len(classify.WEIGHTS) + 1
@@ -190,37 +192,40 @@ def _independent(
 class _Measurer:
     """Measures peaks of one difference."""
 
-    def __init__(self, made: Difference, snr: NDArray[np.float32], scale: float, fwhm: float) -> None:
+    def __init__(
+        self, made: Difference, snr: NDArray[np.float32], bad: NDArray[np.bool_], scale: float, fwhm: float
+    ) -> None:
         self._made, self._snr, self._scale, self._fwhm = made, snr, scale, fwhm
         exposure = made.exposure
         self._mask = exposure.mask
         self._aperture = 1.5 * fwhm
         self._wide = 1.75 * fwhm
-        self._variance = exposure.variance * np.float32(scale**2)
-        self._template_here, self._template = _template_light(made, fwhm)
-        self._saturated = _saturation_reach(exposure.mask, fwhm)
         # The wider the PSF, the more a cosmic ray differs from it: there the PSF may be known less well.
         self._core_tolerance = float(np.clip(0.03 * (fwhm / 2.2) ** 2, 0.03, 0.15))
         self._tolerance = float(np.clip(4 * made.science_psf.residual, 0.15, 0.25))
-        bad = (exposure.mask & (UNUSABLE | MaskPlane.STREAK)) > 0
         radius = max(2, round(0.8 * fwhm))
-        self.tails = noise_peaks(snr, bad, radius), noise_peaks(-snr, bad, radius)
-        streak = (exposure.mask & MaskPlane.STREAK) > 0
-        on_streak = np.abs(snr[streak])
+        self.tails = noise_peaks(snr, bad, radius), noise_peaks(snr, bad, radius, sign=-1)
+        streak = exposure.mask & MaskPlane.STREAK
+        on_streak = np.abs(snr[streak > 0]) if streak.any() else np.zeros(0)
         self._streak_level = float(np.median(on_streak[on_streak > 3])) if (on_streak > 3).any() else 0.0
         self._psf_shape: dict[int, tuple[float, float, float]] = {}
         self.features: list[tuple[float, ...]] = []
 
     def table(self, x: NDArray[np.intp], y: NDArray[np.intp]) -> NDArray[Any]:
         rows = np.zeros(len(x), dtype=SOURCE_DTYPE)
-        for index, (px, py) in enumerate(zip(x.tolist(), y.tolist(), strict=True)):
-            source = measure(
-                self._made.exposure.image, self._variance, self._mask, self._snr, self._made.psf, (px, py),
-                unusable=UNUSABLE, aperture_radius=self._aperture, profile_tolerance=self._tolerance,
-                core_tolerance=self._core_tolerance, hit_bits=int(MaskPlane.CR),
-            )  # fmt: skip
+        exposure = self._made.exposure
+        measured = measure_sources(
+            exposure.image, exposure.variance, self._mask, self._snr, self._made.psf, x, y, unusable=UNUSABLE,
+            aperture_radius=self._aperture, variance_scale=self._scale**2, profile_tolerance=self._tolerance,
+            core_tolerance=self._core_tolerance, hit_bits=int(MaskPlane.CR),
+        )  # fmt: skip
+        here, near = light_near(self._made.template.image, x, y, self._fwhm)
+        factor = self._template_factor()
+        halo = SaturationReach(self._mask, int(MaskPlane.SAT | MaskPlane.SAT_TEMPLATE), self._fwhm)(x, y)
+        for index, (source, px, py) in enumerate(zip(measured, x.tolist(), y.tolist(), strict=True)):
             rows[index]["id"] = index
-            self._fill(rows[index], source, float(self._snr[py, px]), px, py)
+            light = float(here[index]) * factor, float(near[index]) * factor
+            self._fill(rows[index], source, px, py, template=light, halo=float(halo[index]))
         self._wide_fluxes(rows)
         rows = _without_doubles(rows, self._fwhm)
         self._direct_fluxes(rows)
@@ -255,7 +260,11 @@ class _Measurer:
             self._psf_shape[key] = ratio, compactness(stamp, radius, self._aperture), inside
         return self._psf_shape[key]
 
-    def _fill(self, row: Any, source: Measurement, peak_snr: float, px: int, py: int) -> None:
+    def _fill(
+        self, row: Any, source: Measurement, px: int, py: int, *, template: tuple[float, float], halo: float
+    ) -> None:
+        """One row; ``template`` is its light here and near, ``halo`` the closeness to a saturated star."""
+        peak_snr = float(self._snr[py, px])
         ratio, psf_compactness, inside = self._shape_of_psf(px, py)
         row["x"], row["y"], row["xErr"], row["yErr"] = source.x, source.y, source.x_err, source.y_err
         row["snr"] = abs(peak_snr)
@@ -272,9 +281,9 @@ class _Measurer:
         features = classify.features_of(
             source,
             snr=abs(peak_snr),
-            template_flux=float(self._template[py, px]),
-            template_here=float(self._template_here[py, px]),
-            masked_light=self._masked_light(px, py),
+            template_flux=template[1],
+            template_here=template[0],
+            masked_light=max(self._masked_light(px, py), halo),
             psf_elongation=ratio,
             psf_compactness=psf_compactness,
             noise_above=self._noise_above(peak_snr),
@@ -285,7 +294,7 @@ class _Measurer:
         reject = MaskPlane.CR | MaskPlane.SAT | MaskPlane.SAT_TEMPLATE | MaskPlane.BAD
         rejected = bool(source.mask_bits_centre & int(reject)) or bool(row["isDipole"])
         # Within three pixels of the edge half of a PSF is missing: a hit there looks like anything.
-        ny, nx = self._template.shape
+        ny, nx = self._snr.shape
         rejected |= bool(min(px, py, nx - 1 - px, ny - 1 - py) < EDGE_PX)
         on_streak = bool(source.mask_bits_centre & MaskPlane.STREAK)
         rejected |= on_streak and abs(peak_snr) < 5.0 * self._streak_level
@@ -296,33 +305,35 @@ class _Measurer:
 
     def _wide_fluxes(self, rows: NDArray[Any]) -> None:
         """Position by light where the PSF does not describe the source, then the flux in the wide aperture."""
-        image = np.ascontiguousarray(self._made.exposure.image)
+        image = self._made.exposure.image
         sign = np.where(rows["isNegative"], -1.0, 1.0)
         for way in (1.0, -1.0):
             poor = np.flatnonzero((sign == way) & (rows["psfChi2"] > 2.0) & (rows["snr"] > 15.0))
             if len(poor):
                 x, y = windowed_centroid(
-                    image * np.float32(way), rows["x"][poor], rows["y"][poor], self._fwhm * 0.6, 20
+                    image if way > 0 else -image, rows["x"][poor], rows["y"][poor], self._fwhm * 0.6, 20
                 )
                 near = np.hypot(x - rows["x"][poor], y - rows["y"][poor]) < self._fwhm
                 rows["x"][poor[near]], rows["y"][poor[near]] = x[near], y[near]
-        bad = (self._mask & UNUSABLE) > 0
+        bad = flag_bad(image, self._mask, np.uint16(UNUSABLE))
         fraction = np.maximum(rows["flux"], 0.1)
-        flux, flux_err, _ = aperture_photometry(image, self._variance, bad, rows["x"], rows["y"], self._wide)
-        rows["flux"], rows["fluxErr"] = flux / fraction, flux_err / fraction
+        flux, flux_err, _ = aperture_photometry(
+            image, self._made.exposure.variance, bad, rows["x"], rows["y"], self._wide
+        )
+        rows["flux"], rows["fluxErr"] = flux / fraction, flux_err * self._scale / fraction
 
     def _noise_above(self, peak_snr: float) -> float:
         count, slope = self.tails[0] if peak_snr > 0 else self.tails[1]
         return float(count * np.exp(-(abs(peak_snr) - 4.5) / slope))
 
     def _masked_light(self, x: int, y: int) -> float:
-        """Part of the PSF on unusable pixels, or closeness to a saturated star's halo if that is worse."""
+        """Part of the PSF on unusable pixels."""
         half = self._made.psf.half
         ny, nx = self._mask.shape
         y0, y1, x0, x1 = max(y - half, 0), min(y + half + 1, ny), max(x - half, 0), min(x + half + 1, nx)
         stamp = self._made.psf(x, y)[y0 - y + half : y1 - y + half, x0 - x + half : x1 - x + half]
         light = float(stamp[(self._mask[y0:y1, x0:x1] & UNUSABLE) == 0].sum())
-        return float(max(np.clip(1.0 - light - 0.02, 0, 1), self._saturated[y, x]))
+        return float(np.clip(1.0 - light - 0.02, 0, 1))
 
     def _direct_fluxes(self, rows: NDArray[Any]) -> None:
         for name, exposure, psf in (
@@ -340,33 +351,6 @@ class _Measurer:
         """Template fluxes in science units."""
         kernel_sum = self._made.solution.metrics["sum"]
         return 1.0 / kernel_sum if self._made.is_science_convolved else kernel_sum
-
-
-def _template_light(made: Difference, fwhm: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Flux of the template in a disk of one FWHM at every pixel, and the greatest such flux within 1.5 FWHM."""
-    kernel_sum = made.solution.metrics["sum"]
-    factor = 1.0 / kernel_sum if made.is_science_convolved else kernel_sum
-    radius = max(1, round(0.5 * fwhm))
-    disk = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1)).astype(np.float32)
-    image = np.where(np.isfinite(made.template.image), made.template.image, 0).astype(np.float32)
-    flux = cv2.filter2D(image * np.float32(factor), cv2.CV_32F, disk, borderType=cv2.BORDER_CONSTANT)
-    reach = max(1, round(1.5 * fwhm))
-    return np.asarray(flux), np.asarray(cv2.dilate(flux, np.ones((2 * reach + 1, 2 * reach + 1), np.uint8)))
-
-
-def _saturation_reach(mask: NDArray[np.uint16], fwhm: float) -> NDArray[np.float32]:
-    """0…0.3: closeness to a saturated star, whose halo reaches farther the larger its core is."""
-    saturated = ((mask & (MaskPlane.SAT | MaskPlane.SAT_TEMPLATE)) > 0).astype(np.uint8)
-    out = np.zeros(mask.shape, dtype=np.float32)
-    if not saturated.any():
-        return out
-    distance, nearest = cv2.distanceTransformWithLabels(
-        1 - saturated, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_CCOMP
-    )
-    # Labels of the transform number the connected saturated regions: their areas give the reach.
-    areas = np.bincount(nearest[saturated > 0], minlength=int(nearest.max()) + 1).astype(np.float32)
-    reach = np.where(areas >= 4, np.sqrt(areas / np.pi) + 2.5 * fwhm, 1e-3)[nearest]
-    return np.asarray(0.3 * np.clip(1.0 - distance / reach, 0, 1), dtype=np.float32)
 
 
 def _without_doubles(rows: NDArray[Any], fwhm: float) -> NDArray[Any]:

@@ -34,7 +34,7 @@ from dataclasses import astuple, dataclass
 
 import numpy as np
 
-from cumbre.payloads.kernels.detect import Measurement
+from cumbre.payloads.kernels.measure import Measurement
 
 VERSION = "cumbre-logistic-2"
 BIAS = 3.44

@@ -1,34 +1,22 @@
-"""Detection and measurement of sources on a difference image.
+"""Detection of sources on a difference image.
 
-Matched filter with the local PSF, peaks of both signs, then per peak a PSF fit with position, an aperture, and
-moments. Positions are 0-based pixels, centre of the first pixel at (0, 0).
+Matched filter with the local PSF, and peaks of both signs. Positions are 0-based pixels, centre of the first pixel at
+(0, 0).
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import cv2
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
-from cumbre.payloads.kernels.planes import robust_rms
-
-__all__ = [
-    "GridPsf",
-    "Measurement",
-    "find_peaks",
-    "measure",
-    "noise_peaks",
-    "robust_rms",
-    "significance",
-    "streak_mask",
-]
+from cumbre.payloads.kernels.convolve import backward, forward, tile_side, tiles, transform_kernel
 
 BLOCK = 128
-_MAX_SHIFT = 2.5
+"""Side of the cells that share a PSF stamp."""
 
 
 class PsfField(Protocol):
@@ -73,12 +61,40 @@ class GridPsf:
             self._cache[cell] = cut / cut.sum()
         return self._cache[cell]
 
+    def stack(
+        self, x: NDArray[np.intp], y: NDArray[np.intp]
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """The different stamps of many places, (m, n, n), and which of them each place has."""
+        columns, rows = np.asarray(x) // self._cell, np.asarray(y) // self._cell
+        width = int(columns.max(initial=0)) + 1
+        cells, first, which = np.unique(rows * width + columns, return_index=True, return_inverse=True)
+        side = 2 * self.half + 1
+        stamps = np.empty((len(cells), side, side))
+        for k, index in enumerate(first):
+            stamps[k] = self(float(x[index]), float(y[index]))
+        return stamps, which.astype(np.int64)
 
-def shifted(stamp: NDArray[np.float64], dx: float, dy: float) -> NDArray[np.float64]:
-    """A stamp moved by (dx, dy) pixels (quintic spline, so the flux of narrow PSFs stays)."""
-    from scipy.ndimage import shift
 
-    return np.asarray(shift(stamp, (dy, dx), order=5, mode="constant", cval=0.0))
+@njit(cache=True)
+def _cut_good(image, bad, top, left, buffer):  # type: ignore[no-untyped-def]
+    """Fill the buffer with good pixels from (top, left) on; zero elsewhere."""
+    ny, nx = image.shape
+    for j in range(buffer.shape[0]):
+        y = top + j
+        for i in range(buffer.shape[1]):
+            x = left + i
+            if 0 <= y < ny and 0 <= x < nx and not bad[y, x]:
+                buffer[j, i] = image[y, x]
+            else:
+                buffer[j, i] = 0
+
+
+@njit(cache=True)
+def _ratio(signal, noise, least, out):  # type: ignore[no-untyped-def]
+    for j in range(out.shape[0]):
+        for i in range(out.shape[1]):
+            v = noise[j, i]
+            out[j, i] = signal[j, i] / np.sqrt(v) if v > least else np.float32(0)
 
 
 def significance(
@@ -90,7 +106,8 @@ def significance(
 ) -> NDArray[np.float32]:
     """Signal-to-noise of a point source at every pixel.
 
-    ``Σ P·D / sqrt(Σ P²·V)`` with bad pixels left out of both sums.
+    ``Σ P·D / sqrt(Σ P²·V)`` with bad pixels left out of both sums; zero where less than 30 % of the sum is left. The
+    noise uses the product of P²'s sums along the axes.
 
     Parameters
     ----------
@@ -101,23 +118,62 @@ def significance(
     psf, half
         Local PSF and the half size of its stamps.
     """
-    ny, nx = image.shape
-    good_image = np.pad(np.where(bad, 0, image).astype(np.float32), half)
-    good_variance = np.pad(np.where(bad, 0, variance).astype(np.float32), half)
-    out = np.zeros((ny, nx), dtype=np.float32)
-    for y0 in range(0, ny, BLOCK):
-        for x0 in range(0, nx, BLOCK):
-            y1, x1 = min(y0 + BLOCK, ny), min(x0 + BLOCK, nx)
-            stamp = psf((x0 + x1 - 1) / 2, (y0 + y1 - 1) / 2).astype(np.float32)
-            piece = np.s_[y0 : y1 + 2 * half, x0 : x1 + 2 * half]
-            inner = np.s_[half : half + y1 - y0, half : half + x1 - x0]
-            signal = cv2.filter2D(good_image[piece], cv2.CV_32F, stamp, borderType=cv2.BORDER_CONSTANT)[inner]
-            noise = cv2.filter2D(good_variance[piece], cv2.CV_32F, stamp**2, borderType=cv2.BORDER_CONSTANT)[
-                inner
-            ]
-            full = float((stamp**2).sum()) * float(np.median(variance[y0:y1, x0:x1]))
-            out[y0:y1, x0:x1] = np.where(noise > 0.3 * full, signal / np.sqrt(np.maximum(noise, 1e-30)), 0)
+    shape = (image.shape[0], image.shape[1])
+    side = tile_side(shape, half)
+    out = np.empty(shape, dtype=np.float32)
+    buffer = np.zeros((side, side), np.float32)
+    for y0, y1, x0, x1 in tiles(shape, side - 2 * half):
+        stamp = np.asarray(psf((x0 + x1 - 1) / 2, (y0 + y1 - 1) / 2), np.float64)
+        inner = np.s_[half : half + y1 - y0, half : half + x1 - x0]
+        _cut_good(image, bad, y0 - half, x0 - half, buffer)
+        spectrum = forward(buffer)
+        spectrum *= transform_kernel(stamp[::-1, ::-1], side)
+        signal = backward(spectrum, side)[inner]
+        square = stamp**2
+        total = float(square.sum())
+        _cut_good(variance, bad, y0 - half, x0 - half, buffer)
+        noise = cv2.sepFilter2D(
+            buffer, cv2.CV_32F, square.sum(axis=0) / total, square.sum(axis=1), borderType=cv2.BORDER_CONSTANT
+        )[inner]
+        full = total * float(np.median(variance[y0:y1:4, x0:x1:4]))
+        _ratio(signal, noise, np.float32(max(0.3 * full, 1e-30)), out[y0:y1, x0:x1])
     return out
+
+
+@njit(cache=True)
+def _maxima(snr, sign, least, radius):  # type: ignore[no-untyped-def]
+    """Pixels of at least ``least`` that none exceeds within ``radius``: x, y, values; ``sign`` −1 looks for minima."""
+    ny, nx = snr.shape
+    size = 1024
+    xs, ys, values = np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, np.float32)
+    n = 0
+    for j in range(ny):
+        for i in range(nx):
+            value = sign * snr[j, i]
+            if not value >= least:
+                continue
+            highest = True
+            for b in range(max(j - radius, 0), min(j + radius + 1, ny)):
+                for a in range(max(i - radius, 0), min(i + radius + 1, nx)):
+                    if sign * snr[b, a] > value:
+                        highest = False
+                        break
+                if not highest:
+                    break
+            if not highest:
+                continue
+            if n == size:
+                size *= 2
+                more_x, more_y, more = (
+                    np.empty(size, np.int64),
+                    np.empty(size, np.int64),
+                    np.empty(size, np.float32),
+                )
+                more_x[:n], more_y[:n], more[:n] = xs, ys, values
+                xs, ys, values = more_x, more_y, more
+            xs[n], ys[n], values[n] = i, j, value
+            n += 1
+    return xs[:n], ys[:n], values[:n]
 
 
 def find_peaks(
@@ -129,21 +185,16 @@ def find_peaks(
     -------
     x, y, is_negative, ordered from the most significant down.
     """
-    window = np.ones((2 * radius + 1, 2 * radius + 1), dtype=np.uint8)
-    xs, ys, signs, values = [], [], [], []
-    for sign in (1.0, -1.0):
-        signed = snr * np.float32(sign)
-        top = cv2.dilate(signed, window)
-        y, x = np.nonzero((signed >= threshold) & (signed >= top))
-        xs.append(x)
-        ys.append(y)
-        signs.append(np.full(len(x), sign < 0))
-        values.append(signed[y, x])
-    order = np.argsort(-np.concatenate(values), kind="stable")
-    return np.concatenate(xs)[order], np.concatenate(ys)[order], np.concatenate(signs)[order]
+    parts = [_maxima(snr, np.float32(sign), np.float32(threshold), radius) for sign in (1, -1)]
+    x, y, values = (np.concatenate([part[k] for part in parts]) for k in range(3))
+    is_negative = np.arange(len(x)) >= len(parts[0][0])
+    order = np.argsort(-values, kind="stable")
+    return x[order], y[order], is_negative[order]
 
 
-def noise_peaks(snr: NDArray[np.float32], bad: NDArray[np.bool_], radius: int) -> tuple[float, float]:
+def noise_peaks(
+    snr: NDArray[np.float32], bad: NDArray[np.bool_], radius: int, *, sign: int = 1
+) -> tuple[float, float]:
     """Tail of the noise, from the peaks too faint to be detections.
 
     Noise peaks of a stack or a resampled image are more frequent than Gaussian statistics say. Their number
@@ -152,11 +203,13 @@ def noise_peaks(snr: NDArray[np.float32], bad: NDArray[np.bool_], radius: int) -
     Parameters
     ----------
     snr
-        Significance image; give its negative for the negative tail.
+        Significance image.
     bad
         Pixels not to look at.
     radius
         Half size of the window in which a pixel must be the highest to be a peak.
+    sign
+        −1 for the negative tail.
 
     Returns
     -------
@@ -165,8 +218,8 @@ def noise_peaks(snr: NDArray[np.float32], bad: NDArray[np.bool_], radius: int) -
     slope
         Scale of the exponential, sigma.
     """
-    top = cv2.dilate(snr, np.ones((2 * radius + 1, 2 * radius + 1), dtype=np.uint8))
-    peaks = snr[(snr >= top) & ~bad & (snr > 3.5)]
+    x, y, values = _maxima(snr, np.float32(sign), np.float32(3.5), radius)
+    peaks = values[~bad[y, x]]
     near, far = int((peaks < 4.0).sum()), int(((peaks >= 4.0) & (peaks < 4.5)).sum())
     if far < 3 or near <= far:
         return 0.2 * far, 0.25
@@ -174,263 +227,84 @@ def noise_peaks(snr: NDArray[np.float32], bad: NDArray[np.bool_], radius: int) -
     return far / (ratio - 1.0), float(np.clip(0.5 / np.log(ratio), 0.1, 1.0))
 
 
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """One source on the difference; fluxes in the image's units, positions in pixels.
+@njit(cache=True)
+def _pixels_above(plane, threshold):  # type: ignore[no-untyped-def]
+    """x, y of the pixels above a threshold, in raster order."""
+    n = 0
+    for j in range(plane.shape[0]):
+        for i in range(plane.shape[1]):
+            n += plane[j, i] > threshold
+    xs, ys = np.empty(n, np.int64), np.empty(n, np.int64)
+    n = 0
+    for j in range(plane.shape[0]):
+        for i in range(plane.shape[1]):
+            if plane[j, i] > threshold:
+                xs[n], ys[n] = i, j
+                n += 1
+    return xs, ys
 
-    ``chi2`` is reduced, of the PSF fit; ``correlation`` that of stamp and PSF; ``opposite`` the part of the
-    absolute flux near the source that has the other sign; ``partner`` the strongest peak of opposite sign
-    nearby as a fraction of the source's own; ``elongation`` the axis ratio of the moments; ``length`` and
-    ``angle`` (degrees from +x to +y) describe a trail. ``core_chi2`` is reduced, of the PSF fit within one FWHM with
-    only a small error of the PSF allowed; ``peak`` the excess of the brightest pixel over the fitted PSF there, in
-    units of that PSF's maximum beyond the noise; ``hit`` the part of the PSF's light on cosmic-ray pixels.
+
+@njit(cache=True)
+def _root(parent, k):  # type: ignore[no-untyped-def]
+    while parent[k] != k:
+        parent[k] = parent[parent[k]]
+        k = parent[k]
+    return k
+
+
+@njit(cache=True)
+def connected(xs, ys):  # type: ignore[no-untyped-def]
+    """Number of the 8-connected group of each pixel; pixels in raster order.
+
+    Returns
+    -------
+    label
+        int64 (n,), from 0 up.
+    count
+        Number of groups.
     """
-
-    x: float
-    y: float
-    x_err: float
-    y_err: float
-    flux: float
-    flux_err: float
-    aperture_flux: float
-    aperture_err: float
-    chi2: float
-    n_pixels: int
-    correlation: float
-    compactness: float
-    opposite: float
-    partner: float
-    elongation: float
-    length: float
-    angle: float
-    is_centroid_bad: bool
-    mask_bits: int
-    mask_bits_centre: int
-    core_chi2: float
-    peak: float
-    hit: float
+    n = xs.size
+    parent = np.arange(n)
+    above = 0
+    for k in range(n):
+        if k and ys[k - 1] == ys[k] and xs[k - 1] == xs[k] - 1:
+            parent[_root(parent, k)] = _root(parent, k - 1)
+        while above < k and (ys[above] < ys[k] - 1 or (ys[above] == ys[k] - 1 and xs[above] < xs[k] - 1)):
+            above += 1
+        m = above
+        while m < k and ys[m] == ys[k] - 1 and xs[m] <= xs[k] + 1:
+            parent[_root(parent, m)] = _root(parent, k)
+            m += 1
+    label = np.empty(n, np.int64)
+    number = np.full(n, -1, np.int64)
+    count = 0
+    for k in range(n):
+        r = _root(parent, k)
+        if number[r] < 0:
+            number[r] = count
+            count += 1
+        label[k] = number[r]
+    return label, count
 
 
-def fit_flux(
-    data: NDArray[np.float64], weight: NDArray[np.float64], profile: NDArray[np.float64]
-) -> tuple[float, float]:
-    """Flux and its error of one PSF at a known place."""
-    denominator = float((weight * profile**2).sum())
-    if denominator <= 0:
-        return float("nan"), float("nan")
-    return float((weight * profile * data).sum()) / denominator, denominator**-0.5
-
-
-def measure(
-    image: NDArray[np.float32],
-    variance: NDArray[np.float32],
-    mask: NDArray[np.uint16],
-    snr: NDArray[np.float32],
-    psf: GridPsf,
-    position: tuple[int, int],
-    *,
-    unusable: int,
-    aperture_radius: float,
-    profile_tolerance: float = 0.08,
-    core_tolerance: float = 0.05,
-    hit_bits: int = 0,
-) -> Measurement:
-    """Measure one peak.
-
-    Parameters
-    ----------
-    image, variance, mask
-        (ny, nx) difference planes; bits of ``unusable`` leave a pixel out.
-    snr
-        Output of :func:`significance`, for the partner of opposite sign.
-    position
-        x, y of the peak.
-    aperture_radius
-        Pixels; the aperture flux has no correction.
-    profile_tolerance
-        Fraction of the model by which real PSFs differ from it; added to the noise in χ².
-    core_tolerance
-        The same for ``core_chi2`` and ``peak``.
-    hit_bits
-        Bits of cosmic-ray pixels.
-    """
-    x0, y0 = position
-    half = psf.half
-    data, var, bits, inside = _cutout(image, variance, mask, x0, y0, half)
-    weight = np.where(inside & ((bits & unusable) == 0) & (var > 0), 1.0 / np.maximum(var, 1e-30), 0.0)
-    model = psf(x0, y0)
-    grid = np.arange(-half, half + 1)
-    near = np.hypot(*np.meshgrid(grid, grid)) <= max(aperture_radius, 3.0)
-    flux, flux_err, dx, dy, position_err, lost = _fit_position(data, weight * near, model)
-    profile = shifted(model, dx, dy)
-    if not lost:
-        flux, flux_err = fit_flux(data, weight, profile)
-    if not np.isfinite(flux):
-        flux, flux_err = 0.0, float("inf")
-    core = near & (weight > 0)
-    residual = (data - flux * profile)[core]
-    # The PSF's profile is not known perfectly; a bright source is not punished for it.
-    tolerance = (
-        1.0 / np.maximum(weight[core], 1e-30) + (profile_tolerance * flux * float(profile.max())) ** 2 / 9.0
-    )
-    tolerance += (profile_tolerance * flux * profile[core]) ** 2
-    n = int(core.sum())
-    sign = -1.0 if flux < 0 else 1.0
-    values, shape = sign * data[core], profile[core]
-    spread = float(np.sqrt((values**2).sum() * (shape**2).sum()))
-    noise = np.sqrt(1.0 / np.maximum(weight[core], 1e-30))
-    total = float(np.abs(values)[np.abs(values) > noise].sum())
-    negative = float(np.abs(values)[values < -noise].sum())
-    radius = np.hypot(grid[None, :] - dx, grid[:, None] - dy)
-    core_chi2, peak = _core_misfit(
-        data, var, weight > 0, flux, profile, radius, aperture_radius, core_tolerance
-    )
-    light = np.maximum(profile, 0.0)
-    aperture = np.clip(aperture_radius + 0.5 - radius, 0, 1) * (weight > 0)
-    length, angle, elongation = _moments(
-        np.where(weight > 0, sign * data, 0.0), var, dx, dy, aperture_radius * 1.5
-    )
-    centre = bits[half - 1 : half + 2, half - 1 : half + 2]
-    return Measurement(
-        x=x0 + dx,
-        y=y0 + dy,
-        x_err=position_err[0],
-        y_err=position_err[1],
-        flux=flux,
-        flux_err=flux_err,
-        aperture_flux=float((aperture * data).sum()),
-        aperture_err=float(np.sqrt((aperture**2 * var).sum())),
-        chi2=float((residual**2 / tolerance).sum() / max(n - 3, 1)),
-        n_pixels=n,
-        correlation=float((values * shape).sum() / spread) if spread > 0 else 0.0,
-        compactness=compactness(sign * data * (weight > 0), radius, aperture_radius),
-        opposite=negative / total if total > 0 else 0.0,
-        partner=_partner(snr, x0, y0, sign, reach=max(3, math.ceil(aperture_radius))),
-        elongation=elongation,
-        length=length,
-        angle=angle,
-        is_centroid_bad=lost,
-        mask_bits=int(np.bitwise_or.reduce(bits[near & inside])) if (near & inside).any() else 0,
-        mask_bits_centre=int(np.bitwise_or.reduce(centre.ravel())),
-        core_chi2=core_chi2,
-        peak=peak,
-        hit=float(light[(bits & hit_bits) > 0].sum() / max(float(light.sum()), 1e-12)),
-    )
-
-
-def _core_misfit(
-    data: NDArray[np.float64],
-    variance: NDArray[np.float64],
-    good: NDArray[np.bool_],
-    flux: float,
-    profile: NDArray[np.float64],
-    radius: NDArray[np.float64],
-    aperture_radius: float,
-    tolerance: float,
-) -> tuple[float, float]:
-    """Reduced χ² in the core, and the brightest pixel's excess over the PSF beyond the noise."""
-    core = good & (radius <= max(aperture_radius / 1.5 + 0.5, 2.3))
-    if not core.any() or not np.isfinite(flux):
-        return 100.0, 1.0
-    model = flux * profile
-    top = abs(flux) * float(profile.max())
-    allowed = variance + (tolerance * model) ** 2 + (0.5 * tolerance * top) ** 2
-    miss = (data - model)[core]
-    chi2 = float((miss**2 / allowed[core]).sum() / max(int(core.sum()) - 3, 1))
-    sign = -1.0 if flux < 0 else 1.0
-    worst = int(np.argmax(sign * miss))
-    excess = sign * miss[worst] - 1.5 * float(np.sqrt(variance[core][worst]))
-    return chi2, float(np.clip(excess / max(top, 1e-12), 0.0, 3.0))
-
-
-def compactness(data: NDArray[np.float64], radius: NDArray[np.float64], aperture_radius: float) -> float:
-    """Light within half the aperture's radius over that in the aperture; 0 when there is none."""
-    whole = float((np.clip(aperture_radius + 0.5 - radius, 0, 1) * data).sum())
-    inner = float((np.clip(0.5 * aperture_radius + 0.5 - radius, 0, 1) * data).sum())
-    return inner / whole if whole > 0 and inner > 0 else 0.0
-
-
-def _cutout(
-    image: NDArray[np.float32],
-    variance: NDArray[np.float32],
-    mask: NDArray[np.uint16],
-    x: int,
-    y: int,
-    half: int,
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.uint16], NDArray[np.bool_]]:
-    size = 2 * half + 1
-    data, var = np.zeros((size, size)), np.zeros((size, size))
-    bits, inside = np.zeros((size, size), dtype=np.uint16), np.zeros((size, size), dtype=bool)
-    ny, nx = image.shape
-    y0, y1, x0, x1 = max(y - half, 0), min(y + half + 1, ny), max(x - half, 0), min(x + half + 1, nx)
-    into = np.s_[y0 - y + half : y1 - y + half, x0 - x + half : x1 - x + half]
-    data[into], var[into], bits[into] = image[y0:y1, x0:x1], variance[y0:y1, x0:x1], mask[y0:y1, x0:x1]
-    inside[into] = True
-    return data, var, bits, inside
-
-
-def _fit_position(
-    data: NDArray[np.float64], weight: NDArray[np.float64], model: NDArray[np.float64]
-) -> tuple[float, float, float, float, tuple[float, float], bool]:
-    """Gauss–Newton for flux, dx, dy; falls back to the peak when it walks away."""
-    dx = dy = 0.0
-    flux, flux_err = fit_flux(data, weight, model)
-    errors = (float("nan"), float("nan"))
-    for _ in range(6):
-        profile = shifted(model, dx, dy)
-        slope_y, slope_x = np.gradient(profile)
-        design = np.stack([profile, -flux * slope_x, -flux * slope_y]).reshape(3, -1)
-        normal = (design * weight.ravel()) @ design.T
-        right = (design * weight.ravel()) @ (data - flux * profile).ravel()
-        try:
-            inverse = np.linalg.inv(normal)
-        except np.linalg.LinAlgError:
-            return flux, flux_err, 0.0, 0.0, errors, True
-        step = inverse @ right
-        move = np.clip(step[1:], -1.0, 1.0)
-        flux, dx, dy = flux + float(step[0]), dx + float(move[0]), dy + float(move[1])
-        flux_err = float(np.sqrt(max(inverse[0, 0], 0)))
-        errors = float(np.sqrt(max(inverse[1, 1], 0))), float(np.sqrt(max(inverse[2, 2], 0)))
-        if not np.isfinite(flux) or max(abs(dx), abs(dy)) > _MAX_SHIFT:
-            flux, flux_err = fit_flux(data, weight, model)
-            return flux, flux_err, 0.0, 0.0, errors, True
-        if np.abs(move).max() < 0.01:
-            break
-    return flux, flux_err, dx, dy, errors, False
-
-
-def _moments(
-    data: NDArray[np.float64], variance: NDArray[np.float64], dx: float, dy: float, radius: float
-) -> tuple[float, float, float]:
-    """(length of the equivalent bar in pixels, angle in degrees, axis ratio) of the positive part."""
-    half = data.shape[0] // 2
-    grid = np.arange(-half, half + 1)
-    x, y = grid[None, :] - dx, grid[:, None] - dy
-    w = np.where((np.hypot(x, y) <= radius) & (data > 1.5 * np.sqrt(variance)), data, 0.0)
-    total = w.sum()
-    if total <= 0:
-        return 0.0, 0.0, 1.0
-    mx, my = (w * x).sum() / total, (w * y).sum() / total
-    xx, yy = (w * (x - mx) ** 2).sum() / total, (w * (y - my) ** 2).sum() / total
-    xy = (w * (x - mx) * (y - my)).sum() / total
-    middle, diff = (xx + yy) / 2, np.hypot((xx - yy) / 2, xy)
-    major, minor = middle + diff, max(middle - diff, 1.0 / 12)
-    angle = float(np.degrees(0.5 * np.arctan2(2 * xy, xx - yy)))
-    return float(np.sqrt(12 * max(major - minor, 0))), angle, float(np.sqrt(max(major, 1.0 / 12) / minor))
-
-
-def _partner(snr: NDArray[np.float32], x: int, y: int, sign: float, reach: int) -> float:
-    """Strongest peak of the other sign within ``reach``, as a fraction of this one's."""
-    ny, nx = snr.shape
-    piece = snr[max(y - reach, 0) : min(y + reach + 1, ny), max(x - reach, 0) : min(x + reach + 1, nx)]
-    own = max(abs(float(snr[y, x])), 1e-6)
-    return float(max(0.0, -float((sign * piece).min()))) / own
+@njit(cache=True)
+def _extents(xs, ys, label, count):  # type: ignore[no-untyped-def]
+    """Diagonal of the bounding box, and number of pixels, of each group."""
+    low_x, high_x = np.full(count, 1 << 60), np.full(count, -1)
+    low_y, high_y = np.full(count, 1 << 60), np.full(count, -1)
+    area = np.zeros(count, np.int64)
+    for k in range(xs.size):
+        g = label[k]
+        low_x[g], high_x[g] = min(low_x[g], xs[k]), max(high_x[g], xs[k])
+        low_y[g], high_y[g] = min(low_y[g], ys[k]), max(high_y[g], ys[k])
+        area[g] += 1
+    return np.hypot((high_x - low_x + 1) * 1.0, (high_y - low_y + 1) * 1.0), area
 
 
 def streak_mask(
     snr: NDArray[np.float32], *, width: float, threshold: float = 3.0, min_length: int = 80
-) -> NDArray[np.bool_]:
-    """Pixels on long straight lines (satellites, aeroplanes), found by Hough transform.
+) -> NDArray[np.bool_] | None:
+    """Pixels on long straight lines (satellites, aeroplanes), found by Hough transform; None without a line.
 
     Parameters
     ----------
@@ -441,25 +315,97 @@ def streak_mask(
     min_length
         Shortest line, pixels.
     """
-    binary = (snr > threshold).astype(np.uint8)
-    out = np.zeros(snr.shape, dtype=np.uint8)
+    x, y = _pixels_above(snr, np.float32(threshold))
+    label, count = connected(x, y)
+    diagonal, area = _extents(x, y, label, count)
     # Compact blobs (stars, galaxies) are no lines: only long thin components vote.
-    _, labels, stats, _ = cv2.connectedComponentsWithStats(binary)
-    diagonal = np.hypot(stats[:, 2], stats[:, 3])
-    is_thin = (diagonal > max(10.0, width)) & (stats[:, 4] < 0.3 * diagonal**2)
-    is_thin[0] = False
-    keep = is_thin[labels].astype(np.uint8) * 255
+    keep = ((diagonal > max(10.0, width)) & (area < 0.3 * diagonal**2))[label]
     if np.count_nonzero(keep) < min_length:
-        return out > 0
+        return None
+    candidates = np.zeros(snr.shape, np.uint8)
+    candidates[y[keep], x[keep]] = 255
     lines = cv2.HoughLinesP(
-        keep,
+        candidates,
         1,
         np.pi / 360,
         threshold=min_length // 2,
         minLineLength=min_length,
         maxLineGap=max(8, min_length // 5),
     )
-    for line in [] if lines is None else np.asarray(lines).reshape(-1, 4):
+    if lines is None:
+        return None
+    candidates[:] = 0
+    for line in np.asarray(lines).reshape(-1, 4):
         x0, y0, x1, y1 = (int(v) for v in line)
-        cv2.line(out, (x0, y0), (x1, y1), 1, max(1, round(width)))
-    return out > 0
+        cv2.line(candidates, (x0, y0), (x1, y1), 1, max(1, round(width)))
+    return np.asarray(candidates > 0)
+
+
+class SaturationReach:
+    """Closeness to a saturated star, whose halo reaches farther the larger its core is.
+
+    Parameters
+    ----------
+    mask, bits
+        (ny, nx) mask and its bits of saturated pixels.
+    fwhm
+        Pixels; a star's halo reaches 2.5 of them beyond the radius of its core.
+    """
+
+    def __init__(self, mask: NDArray[np.uint16], bits: int, fwhm: float) -> None:
+        from scipy.spatial import cKDTree
+
+        x, y = _pixels_above(mask & np.uint16(bits), np.uint16(0))
+        label, count = connected(x, y)
+        area = np.bincount(label, minlength=count).astype(float)
+        reach = np.where(area >= 4, np.sqrt(area / np.pi) + 2.5 * fwhm, 1e-3)[label]
+        large = reach > 1e-3
+        self._reach = reach
+        self._tree = cKDTree(np.stack([x, y], axis=1)) if large.any() else None
+
+    def __call__(self, x: NDArray[Any], y: NDArray[Any]) -> NDArray[np.float64]:
+        """0…0.3 at each place: 0.3 on a saturated pixel, 0 beyond the reach of the nearest one."""
+        if self._tree is None or len(x) == 0:
+            return np.zeros(len(x))
+        distance, nearest = self._tree.query(np.stack([x, y], axis=1))
+        return np.asarray(0.3 * np.clip(1.0 - distance / self._reach[nearest], 0, 1))
+
+
+@njit(cache=True)
+def _light_near(image, xs, ys, disk, reach, here, near):  # type: ignore[no-untyped-def]
+    ny, nx = image.shape
+    radius = disk.shape[0] // 2
+    for k in range(xs.size):
+        best = -1e300
+        for b in range(-reach, reach + 1):
+            for a in range(-reach, reach + 1):
+                y, x = ys[k] + b, xs[k] + a
+                if y < 0 or x < 0 or y >= ny or x >= nx:
+                    continue
+                total = 0.0
+                for j in range(-radius, radius + 1):
+                    for i in range(-radius, radius + 1):
+                        yy, xx = y + j, x + i
+                        if not disk[j + radius, i + radius] or yy < 0 or xx < 0 or yy >= ny or xx >= nx:
+                            continue
+                        d = image[yy, xx]
+                        if np.isfinite(d):
+                            total += d
+                best = max(best, total)
+                if a == 0 and b == 0:
+                    here[k] = total
+        near[k] = best
+
+
+def light_near(
+    image: NDArray[np.float32], x: NDArray[np.intp], y: NDArray[np.intp], fwhm: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Flux in a disk of one FWHM at each pixel given, and the greatest such flux within 1.5 FWHM of it."""
+    here, near = np.zeros(len(x)), np.zeros(len(x))
+    radius = max(1, round(0.5 * fwhm))
+    disk = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
+    _light_near(
+        image, np.ascontiguousarray(x, np.int64), np.ascontiguousarray(y, np.int64), np.asarray(disk),
+        max(1, round(1.5 * fwhm)), here, near,
+    )  # fmt: skip
+    return here, near

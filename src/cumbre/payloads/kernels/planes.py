@@ -177,3 +177,14 @@ def join_masks(  # type: ignore[no-untyped-def]
                 bits |= no_data
             out[j, i] = bits
     return out, open_ends
+
+
+@njit(cache=True)
+def flag_detected(mask, snr, threshold, positive, negative):  # type: ignore[no-untyped-def]
+    """Set a bit in place where the significance is above the threshold, and another where it is below minus that."""
+    for j in range(mask.shape[0]):
+        for i in range(mask.shape[1]):
+            if snr[j, i] >= threshold:
+                mask[j, i] |= positive
+            elif snr[j, i] <= -threshold:
+                mask[j, i] |= negative
