@@ -64,7 +64,9 @@ class Place(_Model):
     ] = None
     listen: Annotated[
         str | None,
-        Field(description="host:port of the first distributor, the others count up; 0 lets the system choose."),
+        Field(
+            description="host:port of the first distributor, the others count up; 0 lets the system choose."
+        ),
     ] = None
     certificate_name: Annotated[
         str | None, Field(description="Name of the place in its certificate; null: the place's own name.")
@@ -200,6 +202,12 @@ class Retention(_Model):
     raw_cache_days: Annotated[float, Field(gt=0, description="Raw caches of base and archive.")] = 30.0
     summit_days: Annotated[float, Field(gt=0, description="Summit repository (OODS).")] = 7.0
     embargo_hours: Annotated[float, Field(ge=0, description="Hours before images become public.")] = 80.0
+    scrub_mb_s: Annotated[
+        float, Field(gt=0, description="Pace at which raw caches are read again for rotten bytes, MB/s.")
+    ] = 50.0
+    scrub_every_s: Annotated[
+        float, Field(gt=0, description="Real seconds from the beginning of one such round to the next.")
+    ] = 300.0
 
 
 class Scheduler(_Model):
@@ -236,6 +244,33 @@ class Web(_Model):
     port: Annotated[int, Field(ge=0, le=65535, description="Port; 0 lets the system choose.")] = 0
 
 
+class Access(_Model):
+    """Data access: queries, images, who may ask how much."""
+
+    authority: Annotated[
+        str,
+        Field(pattern=r"^[a-z0-9][a-z0-9.-]{1,60}$", description="Of data set identifiers ivo://AUTHORITY?…"),
+    ] = "cumbre.local"
+    sync_s: Annotated[float, Field(gt=0, description="Seconds that a query answered at once may take.")] = (
+        60.0
+    )
+    job_s: Annotated[float, Field(gt=0, description="Seconds that an asynchronous query may take.")] = 3600.0
+    rows: Annotated[int, Field(gt=0, description="Most rows of one result.")] = 20_000_000
+    memory_mb: Annotated[
+        int, Field(ge=64, description="Memory of one query; more is spilled or refused.")
+    ] = 1024
+    upload_mb: Annotated[int, Field(gt=0, description="Most megabytes of one request with uploads.")] = 64
+    jobs: Annotated[int, Field(ge=1, le=64, description="Asynchronous jobs at a time.")] = 3
+    job_days: Annotated[float, Field(gt=0, description="Days that jobs and their results are kept.")] = 7.0
+    anonymous_per_minute: Annotated[
+        int, Field(gt=0, description="Requests a minute of one address without a token.")
+    ] = 3000
+    user_per_minute: Annotated[int, Field(gt=0, description="Requests a minute of one user.")] = 12000
+    proprietary_hours: Annotated[
+        float, Field(ge=0, description="Hours for members only; the embargo when that is longer.")
+    ] = 0.0
+
+
 class SiteConfig(_Model):
     """The whole observatory."""
 
@@ -259,6 +294,7 @@ class SiteConfig(_Model):
     retention: Annotated[Retention, Field(description="How long caches keep.")] = Retention()
     simulator: Annotated[Simulator | None, Field(description="Simulated sky; null at a real one.")] = None
     web: Annotated[Web, Field(description="Pages and APIs.")] = Web()
+    access: Annotated[Access, Field(description="Queries, images and their limits.")] = Access()
     roles: Annotated[list[str] | None, Field(description="Services to run on this machine; null = all.")] = (
         None
     )

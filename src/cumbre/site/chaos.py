@@ -261,6 +261,7 @@ def chaos_site(root: Path, seed: int, minutes: float) -> Site:
         "star_density": 0.2,
         "asteroids_per_deg2": 1,
     }
+    data["retention"] = data["retention"] | {"scrub_every_s": 10}
     for link in data["links"]:
         link["timeout_s"] = 5.0
     text = yaml.safe_dump(data, sort_keys=False)

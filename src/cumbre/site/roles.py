@@ -172,6 +172,12 @@ def _retention(site: Site, bus: Bus, clock: Clock) -> Service:
     return RetentionService(site=site, bus=bus, clock=clock, ledger=Ledger(site_database(site)))
 
 
+def _scrub(site: Site, bus: Bus, clock: Clock) -> Service:
+    from cumbre.archive.scrub import Scrub
+
+    return Scrub(site=site, bus=bus, clock=clock, db=site_database(site))
+
+
 def _web(site: Site, bus: Bus, clock: Clock) -> Service:
     from cumbre.web.service import WebService
 
@@ -227,7 +233,7 @@ def factories(site: Site) -> dict[str, Factory]:
         out["oods"] = _ingest("summit")
     if site.config.places["archive"].repository:
         out["embargo"] = _ingest("archive")
-    out |= {"prompt": _prompt, "relay": _relay, "retention": _retention, "web": _web}
+    out |= {"prompt": _prompt, "relay": _relay, "retention": _retention, "scrub": _scrub, "web": _web}
     wanted = site.config.roles
     if wanted is None:
         return out
