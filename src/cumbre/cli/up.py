@@ -76,6 +76,7 @@ def status_of(site: Site) -> dict[str, Any]:
     web = site.root / "run" / "web.url"
     if state is not None and web.exists():
         urls["web"] = web.read_text().strip()
+        urls |= {name: urls["web"] + name for name in ("tap", "sia", "soda", "datalink", "cone")}
     if site.config.bus.startswith("kafka://"):
         urls["kafka"] = site.config.bus
     return {

@@ -8,9 +8,9 @@ import json
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cumbre.core.configuration import Site
 from cumbre.core.errors import FatalError, TransientError
@@ -124,8 +124,8 @@ class Pages:
         return StreamingResponse(stream(), media_type="text/event-stream",
                                  headers=SECURITY | {"Cache-Control": "no-store"})  # fmt: skip
 
-    def application(self) -> Starlette:
-        """The application with all routes."""
+    def application(self, more: Sequence[Any] = ()) -> Starlette:
+        """The application with all routes and those of others."""
         from starlette.applications import Starlette
         from starlette.routing import Mount, Route
         from starlette.staticfiles import StaticFiles
@@ -140,19 +140,46 @@ class Pages:
             (("/events",), self.events),
         ):
             routes += [Route(path, view) for path in paths]
+        routes += more
         return Starlette(routes=routes)
 
 
+class Mounted(Protocol):
+    """A neighbour that is served on the same address."""
+
+    def routes(self) -> list[Any]:
+        """Its routes, absolute."""
+
+    def serve_at(self, url: str) -> None:
+        """Told where it can be reached."""
+
+    def step(self) -> int:
+        """Its upkeep; returns how much was done."""
+
+    def close(self) -> None:
+        """Let go of what is held."""
+
+
 class WebService:
-    """Serves :class:`Pages` on the configured address and writes ``run/web.url``."""
+    """Serves :class:`Pages` on the configured address and writes ``run/web.url``.
+
+    Parameters
+    ----------
+    mounted
+        Neighbours served beside the pages.
+    """
 
     name = "web"
 
-    def __init__(self, *, site: Site, bus: Bus, clock: Clock, db: Database) -> None:
+    def __init__(
+        self, *, site: Site, bus: Bus, clock: Clock, db: Database, mounted: Sequence[Mounted] = ()
+    ) -> None:
         import uvicorn
 
         del bus
-        application = Pages(site=site, clock=clock, db=db).application()
+        self._mounted = list(mounted)
+        routes = [route for neighbour in mounted for route in neighbour.routes()]
+        application = Pages(site=site, clock=clock, db=db).application(routes)
         host, port = site.config.web.host, site.config.web.port
         self._socket = socket.create_server((host, port), backlog=128)
         self._server = uvicorn.Server(
@@ -166,19 +193,23 @@ class WebService:
                 raise FatalError(f"the web server did not start on {host}:{port}")
             time.sleep(0.02)
         actual = self._socket.getsockname()[1]
+        for neighbour in self._mounted:
+            neighbour.serve_at(f"http://{host}:{actual}")
         temporary = site.root / "run" / "web.tmp"
         temporary.write_text(f"http://{host}:{actual}/\n")
         temporary.replace(site.root / "run" / "web.url")
 
     def step(self, timeout_s: float) -> int:
-        """See that the server's thread lives."""
+        """See that the server's thread lives; the neighbours' upkeep."""
         self._thread.join(timeout_s)
         if not self._thread.is_alive():
             raise FatalError("the web server stopped")
-        return 0
+        return sum(neighbour.step() for neighbour in self._mounted)
 
     def close(self) -> None:
         """Stop serving."""
         self._server.should_exit = True
         self._thread.join(3)
         self._socket.close()
+        for neighbour in self._mounted:
+            neighbour.close()

@@ -12,24 +12,30 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-from cumbre.access.http import tap, vosi
+from cumbre.access.http import images, tap, vosi
 from cumbre.access.http.base import (
+    MAX_LINKS_BYTES,
     XML_MIME,
     Gate,
+    Handler,
     base_url,
     dali_error,
     in_pool,
     read_parameters,
     votable_error,
 )
+from cumbre.access.http.cone import Cone, cone_error
 from cumbre.access.http.examples import examples_for
+from cumbre.access.http.images import Images
+from cumbre.access.http.sia import Sia
 from cumbre.access.http.stream import Lanes
 from cumbre.access.http.tap import Tap, user_of
 from cumbre.access.http.uws_views import JobFace
 from cumbre.access.identity import Identity, Principal
+from cumbre.access.images.catalogue import ImageCatalogue
 from cumbre.access.limits import Limits
 from cumbre.access.uws import JobStore
-from cumbre.access.uws_runner import JobRunner
+from cumbre.access.uws_runner import JobRunner, Work
 from cumbre.core.errors import TransientError
 from cumbre.stores.postgres import Database
 
@@ -80,10 +86,20 @@ class AccessService:
         Database of identities and jobs.
     tables, engines
         What can be asked and who runs it.
+    catalogue, authority
+        Images, and the authority of their identifiers; without a catalogue there are no image services.
     """
 
     def __init__(
-        self, *, root: Path, db: Database, tables: Tables, engines: Engines, settings: Settings | None = None
+        self,
+        *,
+        root: Path,
+        db: Database,
+        tables: Tables,
+        engines: Engines,
+        catalogue: ImageCatalogue | None = None,
+        authority: str = "cumbre.local",
+        settings: Settings | None = None,
     ) -> None:
         self.settings = settings or Settings()
         self.db, self.tables, self.engines = db, tables, engines
@@ -98,7 +114,12 @@ class AccessService:
             tables, engines, self.identity, self.store, self.queries, Lanes(), self.settings.sync_limits,
             self.settings.job_limits, self.settings.upload_bytes,
         )  # fmt: skip
-        self.runner = JobRunner(self.store, {tap.SERVICE: self.tap.work}, threads=self.settings.job_threads)
+        work: dict[str, Work] = {tap.SERVICE: self.tap.work}
+        self.images = None
+        if catalogue is not None:
+            self.images = Images(catalogue, self.identity, self.store, self.requests, authority)
+            work[images.SERVICE] = self.images.work
+        self.runner = JobRunner(self.store, work, threads=self.settings.job_threads)
         self._since = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         self._started = False
 
@@ -120,7 +141,47 @@ class AccessService:
 
     def routes(self) -> list[Route]:
         """Every route, to be mounted at the root of a server."""
-        return [*self._tap_routes()]
+        routes = [*self._tap_routes(), *self._cone_routes()]
+        if self.images is not None:
+            routes += self._image_routes(self.images)
+        return routes
+
+    def _cone_routes(self) -> list[Route]:
+        search = self.gate.endpoint(Cone(self.tap).search, scope="read:tap", error=cone_error)
+        return [
+            Route("/cone", search, methods=["GET", "POST"]),
+            Route("/cone/{table}", search, methods=["GET", "POST"]),
+        ]
+
+    def _image_routes(self, face: Images) -> list[Route]:
+        def route(path: str, handler: Any, methods: list[str], error: Any = dali_error) -> Route:
+            return Route(path, self.gate.endpoint(handler, scope="read:image", error=error), methods=methods)
+
+        jobs = JobFace(
+            service=images.SERVICE, path="soda/async", scope="read:image", store=self.store, runner=self.runner,
+            gate=self.gate, pool=self.requests, make=face.make_job, max_execution_s=600, body_limit=MAX_LINKS_BYTES,
+            error=dali_error,
+        )  # fmt: skip
+        sia, soda, links = (
+            vosi.Service("ivo://ivoa.net/std/SIA#query-2.0", "query", "2.0"),
+            vosi.Service("ivo://ivoa.net/std/SODA#sync-1.0", "sync", "1.0"),
+            vosi.Service("ivo://ivoa.net/std/DataLink#links-1.1", "links", "1.1"),
+        )
+        soda_async = vosi.Service("ivo://ivoa.net/std/SODA#async-1.0", "async", "1.0")
+        out = [
+            route("/sia/query", Sia(self.tap).query, ["GET", "POST"], votable_error),
+            route("/soda/sync", face.cut, ["GET", "POST"]),
+            *jobs.routes(),
+            route("/datalink/links", face.links, ["GET", "POST"]),
+            route("/files/{image:path}", face.file, ["GET"]),
+        ]
+        for name, services in (("sia", (sia,)), ("soda", (soda, soda_async)), ("datalink", (links,))):
+            out += [
+                route(f"/{name}/capabilities", _capabilities(name, services), ["GET"]),
+                route(f"/{name}/availability", self._availability, ["GET"]),
+                route(f"/{name}", self._to_capabilities, ["GET"]),
+            ]
+        return out
 
     def _tap_routes(self) -> list[Route]:
         def tap_route(path: str, handler: Any, methods: list[str]) -> Route:
@@ -188,3 +249,11 @@ class AccessService:
         visible = await in_pool(self.requests, lambda: list(self.tables.visible(user_of(who))))
         page = vosi.examples_page(examples_for(visible), base_url(request, "tap"))
         return Response(page, media_type="application/xhtml+xml")
+
+
+def _capabilities(name: str, services: tuple[vosi.Service, ...]) -> Handler:
+    async def answer(request: Request, who: Principal) -> Response:
+        del who
+        return Response(vosi.capabilities(base_url(request, name), services), media_type=XML_MIME)
+
+    return answer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from cumbre.access.engines import Engines
-    from cumbre.access.tables import Tables
+    from cumbre.access.tables import Column, Tables
 
 SERVICE = "tap"
 MAX_QUERY_BYTES = 1 << 19
@@ -125,9 +125,21 @@ class Tap:
         return await self.answer(question, who, files)
 
     async def answer(
-        self, question: Question, who: Principal, files: Mapping[str, bytes] | None = None
+        self,
+        question: Question,
+        who: Principal,
+        files: Mapping[str, bytes] | None = None,
+        *,
+        describe: Callable[[Column], Column] | None = None,
     ) -> Response:
         """Run a query and stream its answer.
+
+        Parameters
+        ----------
+        files
+            Uploaded tables by name.
+        describe
+            Changes what the document says of a column.
 
         Raises
         ------
@@ -141,6 +153,8 @@ class Tap:
             with self.lanes.place(cancel.set) as pushed_out:
                 uploads = {name: read_table(content, name) for name, content in (files or {}).items()}
                 result = self.start(question, who, self.sync_limits, uploads, cancel)
+                if describe is not None:
+                    result.columns = tuple(describe(column) for column in result.columns)
                 status = self._write(result, question, pipe.write)
             self.identity.audit(who, "query", question.adql, status.partition(":")[0])
             if status.startswith("ERROR") and not pipe.flushed:

@@ -1,0 +1,132 @@
+"""SIA 2.0: images by position, time, band and all the other parameters of the standard."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from cumbre.access.http.base import Parameters, UsageError, read_parameters
+from cumbre.access.http.tap import Question, Tap
+from cumbre.access.identity import Principal
+from cumbre.access.images.shapes import pos
+from cumbre.access.results import find_format
+from cumbre.core.errors import UserError
+
+MAX_VALUES = 200
+MAXREC = 60_000
+_INTERVALS = {
+    # parameter: columns of the lower and the upper end
+    "BAND": ("em_min", "em_max"),
+    "TIME": ("t_min", "t_max"),
+    "FOV": ("s_fov", "s_fov"),
+    "SPATRES": ("s_resolution", "s_resolution"),
+    "SPECRP": ("em_res_power", "em_res_power"),
+    "EXPTIME": ("t_exptime", "t_exptime"),
+    "TIMERES": ("t_resolution", "t_resolution"),
+}
+_TEXTS = {
+    "ID": "obs_publisher_did",
+    "COLLECTION": "obs_collection",
+    "FACILITY": "facility_name",
+    "INSTRUMENT": "instrument_name",
+    "DPTYPE": "dataproduct_type",
+    "TARGET": "target_name",
+    "FORMAT": "access_format",
+}
+PARAMETERS = ("POS", *_INTERVALS, "POL", *_TEXTS, "CALIB")
+_STATES = {"I", "Q", "U", "V", "RR", "LL", "RL", "LR", "XX", "YY", "XY", "YX", "POLI", "POLA"}
+
+
+def _interval(name: str, text: str) -> str:
+    words = text.split()
+    try:
+        numbers = [float(word) for word in words]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2) or any(math.isnan(v) for v in numbers) or numbers[0] > numbers[-1]:
+        raise UsageError(
+            f"{name} = {text[:60]!r}: expected one number, or two with the smaller first (-Inf and +Inf are open)"
+        )
+    low, high = _INTERVALS[name]
+    terms = [f"{high} IS NOT NULL"]
+    if math.isfinite(numbers[0]):
+        terms.append(f"{high} >= {numbers[0]!r}")
+    elif numbers[0] > 0:
+        return "1 = 0"
+    if math.isfinite(numbers[-1]):
+        terms.append(f"{low} <= {numbers[-1]!r}")
+    elif numbers[-1] < 0:
+        return "1 = 0"
+    return "(" + " AND ".join(terms) + ")"
+
+
+def _text(name: str, text: str) -> str:
+    quoted = text.replace("'", "''")
+    return f"{_TEXTS[name]} = '{quoted}'"
+
+
+def _polarization(name: str, text: str) -> str:
+    if text.upper() not in _STATES:
+        raise UsageError(f"{name} = {text[:40]!r}: expected one of {', '.join(sorted(_STATES))}")
+    return f"pol_states LIKE '%/{text.upper()}/%'"
+
+
+def _calib(name: str, text: str) -> str:
+    if text.strip() not in ("0", "1", "2", "3", "4"):
+        raise UsageError(f"{name} = {text[:40]!r}: expected a level from 0 to 4")
+    return f"calib_level = {int(text)}"
+
+
+def _pos(name: str, text: str) -> str:
+    del name
+    return f"1 = INTERSECTS(s_region, {pos(text).adql()})"
+
+
+_TERMS: dict[str, Callable[[str, str], str]] = {"POS": _pos, "POL": _polarization, "CALIB": _calib}
+_TERMS.update(dict.fromkeys(_INTERVALS, _interval))
+_TERMS.update(dict.fromkeys(_TEXTS, _text))
+
+
+def sia_adql(parameters: Parameters) -> str:
+    """The ADQL query of a request: OR within a parameter, AND across them.
+
+    Raises
+    ------
+    UserError
+        A value that cannot be understood, or too many of them.
+    """
+    conditions = []
+    for name in PARAMETERS:
+        values = parameters.values(name)
+        if len(values) > MAX_VALUES:
+            raise UsageError(f"{name} is given {len(values)} times: at most {MAX_VALUES} are taken")
+        terms = [_TERMS[name](name, value.strip()) for value in values]
+        if terms:
+            conditions.append("(" + " OR ".join(terms) + ")")
+    where = f" WHERE {' AND '.join(conditions)}" if conditions else ""
+    return f"SELECT * FROM ivoa.obscore{where} ORDER BY t_min DESC, obs_publisher_did"  # noqa: S608 (ADQL, quoted)
+
+
+@dataclass(frozen=True)
+class Sia:
+    """Image search of a site."""
+
+    tap: Tap
+
+    async def query(self, request: Request, who: Principal) -> Response:
+        """``/sia/query``."""
+        parameters = await read_parameters(request)
+        wanted = parameters.value("RESPONSEFORMAT") or "votable/td"
+        maxrec = parameters.integer("MAXREC")
+        try:
+            adql = sia_adql(parameters)
+        except UserError as error:
+            raise UsageError(str(error)) from error
+        question = Question(
+            adql, find_format(wanted), "1.4", MAXREC if maxrec is None else min(maxrec, MAXREC)
+        )
+        return await self.tap.answer(question, who)

@@ -1,0 +1,104 @@
+"""Data access of a site: its tables, images, plan and limits put together for the web service to mount."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import replace
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from cumbre.access.engines import Engines
+from cumbre.access.http.service import AccessService, Settings
+from cumbre.access.images.catalogue import ImageCatalogue
+from cumbre.access.limits import Limits
+from cumbre.access.plan import PlanKeeper
+from cumbre.access.published import prepare, set_setting, site_tables
+from cumbre.core.configuration import Site
+from cumbre.core.errors import CumbreError
+from cumbre.core.time import Clock
+from cumbre.stores.postgres import Database
+
+if TYPE_CHECKING:
+    from cumbre.bus import Bus
+
+log = logging.getLogger(__name__)
+
+UPKEEP_S = 20.0
+SERVICES = ("tap", "sia", "soda", "datalink", "cone")
+"""Paths below the web service's address."""
+
+
+class SiteAccess:
+    """What the web service mounts: routes, and upkeep in its steps.
+
+    Parameters
+    ----------
+    site, bus, clock, db
+        Of the site.
+    """
+
+    def __init__(self, *, site: Site, bus: Bus | None, clock: Clock, db: Database) -> None:
+        from cumbre.catalogs.level1 import prepare as prepare_level1
+        from cumbre.ledger import prepare as prepare_ledger
+
+        config = site.config
+        self._site, self._clock, self._db = site, clock, db
+        prepare_ledger(db)
+        prepare_level1(db)
+        self.catalogue = ImageCatalogue(
+            db, config.instruments, embargo_s=config.retention.embargo_hours * 3600,
+            proprietary_s=config.access.proprietary_hours * 3600,
+        )  # fmt: skip
+        prepare(db, observatory=config.observatory.name, authority=config.access.authority)
+        scratch = site.root / "access" / "scratch"
+        scratch.mkdir(parents=True, exist_ok=True)
+        self.service = AccessService(
+            root=site.root, db=db, tables=site_tables(), engines=Engines(db, scratch=scratch),
+            catalogue=self.catalogue, authority=config.access.authority, settings=settings_of(site),
+        )  # fmt: skip
+        self.service.identity.local_administrator(site.root)
+        self._plan = None if bus is None else PlanKeeper(bus, db, self.catalogue.instruments)
+        self._upkeep_s = -UPKEEP_S
+        self.service.start()
+
+    def routes(self) -> list[Any]:
+        """Routes to mount at the root."""
+        return list(self.service.routes())
+
+    def serve_at(self, url: str) -> None:
+        """Tell where the service can be reached, for links in tables."""
+        set_setting(self._db, "base_url", url.rstrip("/"))
+
+    def step(self) -> int:
+        """Take over new images and visits, release what is due; returns how many were taken over."""
+        count = 0
+        try:
+            self.catalogue.move_horizon(self._clock.now_tai_s())
+            count += self.catalogue.take_from_ledger()
+            if self._plan is not None:
+                count += self._plan.step()
+            if time.monotonic() - self._upkeep_s > UPKEEP_S:
+                self._upkeep_s = time.monotonic()
+                self.service.step()
+                index = self._site.root / "archive" / "templates" / "index.json"
+                name = next(iter(self.catalogue.instruments))
+                count += self.catalogue.take_templates(index, name)
+        except CumbreError as error:
+            log.warning("data access: %s", error)
+        return count
+
+    def close(self) -> None:
+        """Stop running jobs."""
+        self.service.close()
+
+
+def settings_of(site: Site) -> Settings:
+    """Limits of a site's configuration."""
+    config = site.config.access
+    at_once = Limits(rows=config.rows, seconds=config.sync_s, memory_mb=config.memory_mb)
+    return Settings(
+        sync_limits=at_once, job_limits=replace(at_once, seconds=config.job_s), upload_bytes=config.upload_mb << 20,
+        retention=timedelta(days=config.job_days), job_threads=config.jobs,
+        anonymous_per_minute=config.anonymous_per_minute, user_per_minute=config.user_per_minute,
+    )  # fmt: skip
