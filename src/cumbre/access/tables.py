@@ -27,8 +27,9 @@ class Column:
         As published; ADQL finds it whatever the capitals.
     datatype, arraysize, xtype
         VOTable type: boolean, unsignedByte, short, int, long, float, double, char; None for a scalar.
-    sql_name
-        Its name in the engine; the published name when empty.
+    sql_name, storage
+        Name in the engine (the published one when empty); type there when it is not the usual one:
+        ``timestamptz`` is published as ISO 8601 text in UTC.
     principal, indexed, std
         As in TAP_SCHEMA: worth showing first, fast to search, defined by a standard.
     """
@@ -45,6 +46,7 @@ class Column:
     indexed: bool = False
     std: bool = False
     sql_name: str = ""
+    storage: str = ""
 
     @property
     def stored_name(self) -> str:
@@ -163,7 +165,12 @@ class Tables:
         return [described.get(name, Schema(name)) for name in names]
 
     def find(
-        self, schema: str | None, name: str, user: User = ANYBODY, *, exact: tuple[bool, bool] = (False, False)
+        self,
+        schema: str | None,
+        name: str,
+        user: User = ANYBODY,
+        *,
+        exact: tuple[bool, bool] = (False, False),
     ) -> Table:
         """One table.
 
@@ -194,7 +201,9 @@ class Tables:
         near = get_close_matches(
             asked.lower(), [t.full_name.lower() for t in visible] + [t.name.lower() for t in visible], 3, 0.6
         )
-        real = dict.fromkeys(t.full_name for t in visible if {t.full_name.lower(), t.name.lower()} & set(near))
+        real = dict.fromkeys(
+            t.full_name for t in visible if {t.full_name.lower(), t.name.lower()} & set(near)
+        )
         hint = f"; near: {', '.join(real)}" if real else "; tap_schema.tables lists them"
         raise NotFoundError(f"no table {asked}{hint}")
 

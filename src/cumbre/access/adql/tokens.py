@@ -105,11 +105,14 @@ def _bad_character(text: str, position: int) -> AdqlError:
     if character == "'":
         reason, remedy = "a string without its closing '", "a ' inside a string is written twice: 'it''s'"
     elif character == '"':
-        reason, remedy = 'a quoted name without its closing "', 'a quoted name has at least one character'
+        reason, remedy = 'a quoted name without its closing "', "a quoted name has at least one character"
     elif character == "_":
         reason, remedy = "a name cannot begin with _", 'write it in double quotes: "_name"'
     elif character in "[]`":
-        reason, remedy = f"{character} is not part of ADQL", 'names with odd characters stand in double quotes'
+        reason, remedy = (
+            f"{character} is not part of ADQL",
+            "names with odd characters stand in double quotes",
+        )
     elif character == "%":
         reason, remedy = "% is not part of ADQL", "the rest of a division is MOD(a, b)"
     else:

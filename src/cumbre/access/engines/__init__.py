@@ -46,9 +46,10 @@ class Engines:
     """
 
     def __init__(self, db: Database | None = None, *, scratch: Path | None = None, threads: int = 2) -> None:
+        from cumbre.access.engines.duck import Instances
+
         self.db = db
-        self.scratch = scratch
-        self.threads = threads
+        self._instances = Instances(scratch, threads)
 
     def start(self, plan: Plan, watch: Watch, max_rows: int) -> Started:
         """Run a plan in the engine it was made for."""
@@ -59,7 +60,7 @@ class Engines:
         if plan.engine == "postgres":
             engine = PostgresEngine(self._database())
         else:
-            engine = DuckEngine(self.db, scratch=self.scratch, threads=self.threads)
+            engine = DuckEngine(self.db, self._instances)
         return engine.start(plan, watch, max_rows)
 
     def _database(self) -> Database:

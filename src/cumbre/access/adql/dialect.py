@@ -1,0 +1,233 @@
+"""SQL of the two engines: the same words with the same meaning, NULL where arithmetic has no answer."""
+
+from __future__ import annotations
+
+from cumbre.access.tables import Column
+
+
+def quote(name: str) -> str:
+    """An identifier in double quotes."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def literal(text: str) -> str:
+    """A string in single quotes; both engines take backslashes as they are."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+class Dialect:
+    """What both engines share; each method gives a piece of SQL that is whole in itself (parentheses, calls)."""
+
+    name = ""
+    TYPES: dict[str, str] = {}
+
+    def type_of(self, column: Column) -> str:
+        """SQL type of a column."""
+        kind = self.TYPES[column.datatype]
+        if column.arraysize is not None and column.datatype not in ("char", "unicodeChar"):
+            return f"{kind}[]"
+        return kind
+
+    def cast(self, sql: str, datatype: str) -> str:
+        """To a scalar VOTable type."""
+        return f"CAST({sql} AS {self.TYPES[datatype]})"
+
+    def double(self, sql: str) -> str:
+        """To double."""
+        return self.cast(sql, "double")
+
+    def number(self, value: float) -> str:
+        """A double."""
+        raise NotImplementedError
+
+    def string(self, text: str) -> str:
+        """A string."""
+        raise NotImplementedError
+
+    def divide(self, left: str, right: str, *, integer: bool) -> str:
+        """NULL when divided by nothing; whole numbers give whole numbers."""
+        raise NotImplementedError
+
+    def round(self, sql: str, digits: str | None) -> str:
+        """Half away from zero."""
+        raise NotImplementedError
+
+    def truncate(self, sql: str, digits: str | None) -> str:
+        """Towards zero."""
+        raise NotImplementedError
+
+    def mod(self, left: str, right: str, *, integer: bool) -> str:
+        """Rest of a division, sign of the dividend; NULL when divided by nothing."""
+        raise NotImplementedError
+
+    def median(self, sql: str) -> str:
+        """Median of a group."""
+        raise NotImplementedError
+
+    def like(self, value: str, pattern: str, *, ignore_case: bool) -> str:
+        """Without an escape character."""
+        raise NotImplementedError
+
+    def timestamp(self, sql: str) -> str:
+        """Text to ISO 8601 with milliseconds."""
+        raise NotImplementedError
+
+    def array(self, items: list[str]) -> str:
+        """Array of doubles."""
+        raise NotImplementedError
+
+    def item(self, array: str, index: int) -> str:
+        """Element of an array, the first is 1; NULL beyond the end."""
+        return f"({array})[{index}]"
+
+    def numbers_of_text(self, sql: str) -> str:
+        """Array of doubles from text with blanks between."""
+        raise NotImplementedError
+
+    def stored(self, alias: str, column: Column) -> str:
+        """A stored column as its published type."""
+        return f"{alias}.{quote(column.stored_name)}"
+
+    def healpix(self, order: str, lon: str, lat: str) -> str:
+        """Nested HEALPix pixel of a position."""
+        raise NotImplementedError
+
+    def region(self, name: str, arguments: list[str]) -> str:
+        """One of the functions of regions: contains, intersects, area, centroid."""
+        raise NotImplementedError
+
+    def logarithm(self, function: str, sql: str) -> str:
+        """NULL where there is none."""
+        return f"{function}(NULLIF(GREATEST({self.double(sql)}, 0), 0))"
+
+    def haversine(self, lon1: str, lat1: str, lon2: str, lat2: str) -> str:
+        """The square of the sine of half the distance of two positions in degrees."""
+        return (
+            f"(power(sin(radians({lat1} - {lat2}) / 2), 2)"
+            f" + cos(radians({lat1})) * cos(radians({lat2})) * power(sin(radians({lon1} - {lon2}) / 2), 2))"
+        )
+
+    def distance(self, lon1: str, lat1: str, lon2: str, lat2: str) -> str:
+        """Degrees between two positions."""
+        # the factor keeps rounding from asking for the arc sine of more than one
+        square = self.haversine(lon1, lat1, lon2, lat2)
+        return f"(2 * degrees(asin(sqrt({square} * {self.number(1 - 1e-15)}))))"
+
+
+class Postgres(Dialect):
+    """PostgreSQL."""
+
+    name = "postgres"
+    TYPES = {
+        "boolean": "boolean", "unsignedByte": "smallint", "short": "smallint", "int": "integer",
+        "long": "bigint", "float": "real", "double": "double precision", "char": "text", "unicodeChar": "text",
+        "null": "text",
+    }  # fmt: skip
+
+    def number(self, value: float) -> str:
+        return f"'{value!r}'::float8"
+
+    def string(self, text: str) -> str:
+        return f"CAST({literal(text)} AS text)"
+
+    def divide(self, left: str, right: str, *, integer: bool) -> str:
+        return f"({left} / NULLIF({right}, 0))"
+
+    def round(self, sql: str, digits: str | None) -> str:
+        return self.double(
+            f"round(CAST({sql} AS numeric), {f'CAST({digits} AS integer)' if digits else '0'})"
+        )
+
+    def truncate(self, sql: str, digits: str | None) -> str:
+        return self.double(
+            f"trunc(CAST({sql} AS numeric), {f'CAST({digits} AS integer)' if digits else '0'})"
+        )
+
+    def mod(self, left: str, right: str, *, integer: bool) -> str:
+        if integer:
+            return f"({left} % NULLIF({right}, 0))"
+        return self.double(f"mod(CAST({left} AS numeric), NULLIF(CAST({right} AS numeric), 0))")
+
+    def median(self, sql: str) -> str:
+        return f"percentile_cont(0.5) WITHIN GROUP (ORDER BY {self.double(sql)})"
+
+    def like(self, value: str, pattern: str, *, ignore_case: bool) -> str:
+        return f"{value} {'ILIKE' if ignore_case else 'LIKE'} {pattern} ESCAPE ''"
+
+    def timestamp(self, sql: str) -> str:
+        return f"to_char(CAST({sql} AS timestamp), 'YYYY-MM-DD\"T\"HH24:MI:SS.MS')"
+
+    def array(self, items: list[str]) -> str:
+        return f"CAST(ARRAY[{', '.join(items)}] AS double precision[])"
+
+    def numbers_of_text(self, sql: str) -> str:
+        return f"CAST(string_to_array(trim({sql}), ' ') AS double precision[])"
+
+    def stored(self, alias: str, column: Column) -> str:
+        plain = f"{alias}.{quote(column.stored_name)}"
+        if column.storage == "timestamptz":
+            return f"to_char({plain} AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS')"
+        return plain
+
+    def region(self, name: str, arguments: list[str]) -> str:
+        return f"adql.{name}({', '.join(arguments)})"
+
+    def healpix(self, order: str, lon: str, lat: str) -> str:
+        return f"adql.healpix({order}, {self.double(lon)}, {self.double(lat)})"
+
+
+class DuckDB(Dialect):
+    """DuckDB."""
+
+    name = "duckdb"
+    TYPES = {
+        "boolean": "BOOLEAN", "unsignedByte": "UTINYINT", "short": "SMALLINT", "int": "INTEGER",
+        "long": "BIGINT", "float": "FLOAT", "double": "DOUBLE", "char": "VARCHAR", "unicodeChar": "VARCHAR",
+        "null": "VARCHAR",
+    }  # fmt: skip
+
+    def number(self, value: float) -> str:
+        text = repr(value)
+        return text if "e" in text else text + "e0"
+
+    def string(self, text: str) -> str:
+        return literal(text)
+
+    def divide(self, left: str, right: str, *, integer: bool) -> str:
+        return f"({left} // NULLIF({right}, 0))" if integer else f"({left} / NULLIF({right}, 0))"
+
+    def round(self, sql: str, digits: str | None) -> str:
+        return f"round({self.double(sql)}, {f'CAST({digits} AS INTEGER)' if digits else '0'})"
+
+    def truncate(self, sql: str, digits: str | None) -> str:
+        if digits is None:
+            return f"trunc({self.double(sql)})"
+        # 2.3 * 100 is 229.99999999999997: rounded far behind the point before it is cut
+        power = f"power(10e0, CAST({digits} AS INTEGER))"
+        return f"(trunc(round({self.double(sql)} * {power}, 6)) / {power})"
+
+    def mod(self, left: str, right: str, *, integer: bool) -> str:
+        if integer:
+            return f"({left} % NULLIF({right}, 0))"
+        return f"mod({self.double(left)}, NULLIF({self.double(right)}, 0))"
+
+    def median(self, sql: str) -> str:
+        return f"median({self.double(sql)})"
+
+    def like(self, value: str, pattern: str, *, ignore_case: bool) -> str:
+        return f"{value} {'ILIKE' if ignore_case else 'LIKE'} {pattern}"
+
+    def timestamp(self, sql: str) -> str:
+        return f"strftime(CAST({sql} AS TIMESTAMP), '%Y-%m-%dT%H:%M:%S.%g')"
+
+    def array(self, items: list[str]) -> str:
+        return f"CAST([{', '.join(items)}] AS DOUBLE[])"
+
+    def numbers_of_text(self, sql: str) -> str:
+        return f"CAST(string_split(trim({sql}), ' ') AS DOUBLE[])"
+
+    def region(self, name: str, arguments: list[str]) -> str:
+        return f"adql_{name}({', '.join(arguments)})"
+
+    def healpix(self, order: str, lon: str, lat: str) -> str:
+        return f"adql_healpix(CAST({order} AS INTEGER), {self.double(lon)}, {self.double(lat)})"
