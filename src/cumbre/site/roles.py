@@ -179,9 +179,12 @@ def _scrub(site: Site, bus: Bus, clock: Clock) -> Service:
 
 
 def _web(site: Site, bus: Bus, clock: Clock) -> Service:
+    from cumbre.site.access import SiteAccess
     from cumbre.web.service import WebService
 
-    return WebService(site=site, bus=bus, clock=clock, db=site_database(site))
+    db = site_database(site)
+    access = SiteAccess(site=site, bus=bus, clock=clock, db=db)
+    return WebService(site=site, bus=bus, clock=clock, db=db, mounted=[access])
 
 
 def _control(identity: str, role: str) -> Factory:

@@ -44,7 +44,7 @@ def read_batches(pieces: Iterable[Any], schema: pa.Schema) -> Iterator[pa.Record
             if not len(piece):
                 continue
         if len(piece) == 2 and bytes(piece) == b"\xff\xff":
-            break
+            continue  # the end of the rows; the server still closes the copy
         rows.append(piece)
         size += len(piece)
         count = len(rows)

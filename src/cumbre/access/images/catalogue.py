@@ -179,7 +179,10 @@ class ImageCatalogue:
             "SELECT h.detector, h.detector_name, h.path, h.byte_size, h.recv_tai, i.*"
             " FROM ledger.hop h JOIN ledger.image i USING (obs_id)"
             " WHERE h.hop = 'at_archive' AND h.outcome = 'ok' AND h.detector >= 0 AND h.path <> ''"
-            " AND h.recv_tai > %s ORDER BY h.recv_tai LIMIT 5000",
+            " AND h.recv_tai > %s AND NOT EXISTS (SELECT 1 FROM access.image a"
+            "  WHERE a.image_id = 'raw/' || h.obs_id || '/' || h.detector_name AND a.path = h.path"
+            "  AND a.begin_tai IS NOT DISTINCT FROM i.begin_tai AND a.end_tai IS NOT DISTINCT FROM i.end_tai)"
+            " ORDER BY h.recv_tai LIMIT 5000",
             (self._mark - OVERLAP_S,),
         )
         images = []
