@@ -56,6 +56,8 @@ class Lease:
         Real seconds of silence until another takes over.
     boot
         What run of the site this process belongs to; "" when unknown.
+    patience_s
+        Real seconds for which a lease that nobody holds is left to others: a spare lets the first one begin.
 
     Attributes
     ----------
@@ -72,7 +74,9 @@ class Lease:
         lease_s: float,
         clock: Clock | None = None,
         boot: str = "",
+        patience_s: float = 0.0,
     ) -> None:
+        self._patience_s = patience_s
         self._boot = boot
         self._db, self.identity, self.holder, self._lease_s = db, identity, holder, lease_s
         self._clock = clock or Clock.real()
@@ -114,7 +118,7 @@ class Lease:
             self._seen, self._seen_since = seen, now
         holder, epoch, renewal, boot = seen
         silent_s = now - self._seen_since
-        if holder and silent_s < self._lease_s:
+        if silent_s < (self._lease_s if holder else self._patience_s):
             return None
         with self._db.connection() as link:
             link.execute("SET LOCAL lock_timeout = '500ms'")

@@ -77,6 +77,7 @@ class ControlSystem:
         self.lease = Lease(
             db, identity=identity, holder=self.holder, lease_s=self.settings.lease_s, clock=clock,
             boot=os.environ.get("CUMBRE_SUPERVISOR", ""),
+            patience_s=0.0 if self.name == identity else self.settings.lease_s,
         )  # fmt: skip
         self.authority = Authority(self.settings.commanders)
         self.pairs = PairTable()
