@@ -26,13 +26,14 @@ from cumbre.core.errors import (
     ConflictError,
     CumbreError,
     NotFoundError,
+    TransientError,
     UnprocessableDataError,
 )
 from cumbre.core.instrument import load_instrument
 from cumbre.stores.files import normal_checksum, sha256_of
 
 if TYPE_CHECKING:
-    from cumbre.bus import Bus, Message
+    from cumbre.bus import Bus, Message, Subscription
     from cumbre.core.configuration import Site
     from cumbre.core.time import Clock
 
@@ -81,7 +82,7 @@ class TapeWriter:
         self._tape: TapeArchive | None = None
         self._alarm = Alarm(bus, self.name, place)
         self._faults, self._next_try, self._max_pause_s = 0, 0.0, max_pause_s
-        self._subscription = bus.subscribe([HOP_TOPIC], start="earliest", consumer=f"{self.name}-hops")
+        self._subscription: Subscription | None = None
         self._queue: list[tuple[tuple[Any, ...], Parcel]] = []
         self._on_way: dict[str, Parcel] = {}
         self._scan_every_s, self._next_scan = scan_every_s, 0.0
@@ -90,6 +91,8 @@ class TapeWriter:
     def step(self, timeout_s: float) -> int:
         """Take in what arrived, write some of it; gives the number of files that are safe on tape now."""
         waits = not self._queue or time.monotonic() < self._next_try
+        if self._subscription is None:
+            self._subscription = self._bus.subscribe([HOP_TOPIC], "earliest", f"{self.name}-hops")
         for message in self._subscription.poll(timeout_s if waits else 0.0):
             try:
                 self._arrived(message)
@@ -118,7 +121,8 @@ class TapeWriter:
             except (OSError, CumbreError) as error:
                 log.error("%s: %s", self.name, error)
                 self._tape.abandon()
-        self._subscription.close()
+        if self._subscription is not None:
+            self._subscription.close()
 
     def _mounted(self) -> TapeArchive:
         if self._tape is None:
@@ -246,6 +250,14 @@ class TapeWriter:
             self._journal.note(entry.key, TAPED)
             self._on_way.pop(entry.key, None)
         return len(safe)
+
+    def serve_rewrites(self) -> int:
+        """Write only what a verification asked for; nothing while another process holds the tape."""
+        try:
+            return self._rewrite()
+        except (OSError, TransientError) as error:
+            log.info("%s: %s", self.name, error)
+            return 0
 
     def _rewrite(self) -> int:
         """Write copies that a verification asks for in place of damaged ones."""

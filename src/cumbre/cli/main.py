@@ -32,6 +32,8 @@ VERBS = {
         "Raw frames to calibrated ones with their own bias and flats.",
     ),
     "lightcurve": ("cumbre.cli.lightcurve", "lightcurve", "Frames of one field to light curves."),
+    "tape": ("cumbre.cli.tape", "tape", "List, read and verify tape volumes."),
+    "ship": ("cumbre.cli.ship", "ship", "Carry images and telemetry on a disk."),
     "query": ("cumbre.cli.query", "query", "Ask the ledger or the tables."),
     "release": ("cumbre.cli.release", "release", "Load, verify, open and close release catalogues."),
     "instrument": ("cumbre.cli.instrument", "instrument", "List, show and check instrument descriptions."),

@@ -108,6 +108,14 @@ class Ledger:
             },
         )  # fmt: skip
 
+    def copies(self, hop: str) -> list[dict[str, Any]]:
+        """Every detector image that a hop says to have a verified copy: obs_id, detector_name, checksum, path."""
+        return self._db.query(
+            "SELECT obs_id, detector_name, checksum, path FROM ledger.hop WHERE hop = %s AND outcome = 'ok'"
+            " AND detector >= 0 ORDER BY obs_id, detector",
+            (hop,),
+        )
+
     def held(self, place: str, obs_ids: Sequence[str]) -> set[tuple[str, str]]:
         """(obs_id, detector name) of these images that have a verified copy at a place."""
         rows = self._db.execute(
