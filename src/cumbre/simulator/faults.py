@@ -373,6 +373,12 @@ def mounted_below(root: Path) -> list[Path]:
     return sorted(found, key=lambda place: len(place.parts), reverse=True)
 
 
+def drop_disks(root: Path) -> None:
+    """Unmount small disks and forget what was on them."""
+    for place in mounted_below(root):
+        subprocess.run(["umount", "-l", str(place)], capture_output=True, check=False)
+
+
 def settle_disks(root: Path) -> None:
     """Copy what lies on small disks to the folder's own disk and unmount them, so that it stays.
 

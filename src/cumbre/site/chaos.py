@@ -345,29 +345,71 @@ class _Journal:
             self._unwritten.clear()
 
 
-@dataclass(slots=True)
-class _CatchUp:
-    """How long after each fault everything taken before its end was verified everywhere."""
+class _Watcher(threading.Thread):
+    """Asks the ledger again and again what is owed; a database that hangs holds up nothing but this thread.
 
-    waiting: list[tuple[float, set[Piece]]] = field(default_factory=list)
-    ended: list[float] = field(default_factory=list)
-    worst_s: float = 0.0
+    Attributes
+    ----------
+    worst_s
+        Longest time after the end of a fault until all that had been taken by then was verified everywhere.
+    restarts
+        Service → most restarts that one supervisor counted.
+    """
 
-    def look(self, left: set[Piece]) -> None:
+    def __init__(self, site: Site) -> None:
+        super().__init__(name="watcher", daemon=True)
+        self._site = site
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._ended: list[float] = []
+        self._waiting: list[tuple[float, set[Piece]]] = []
+        self._owed: tuple[float, set[Piece]] | None = None
+        self.worst_s = 0.0
+        self.restarts: dict[str, int] = {}
+
+    def fault_ended(self) -> None:
+        """From now on the time to catch up counts."""
+        with self._lock:
+            self._ended.append(time.monotonic())
+
+    def owed_since(self, since: float) -> set[Piece] | None:
+        """What was owed at the last look, when that was after a monotonic time."""
+        with self._lock:
+            return self._owed[1] if self._owed is not None and self._owed[0] >= since else None
+
+    def run(self) -> None:
+        """Look once a second."""
+        while not self._stopped.wait(POLL_S):
+            try:
+                begun = time.monotonic()
+                left = outstanding(self._site, site_database(self._site))
+                self._look(left, begun)
+            except (CumbreError, OSError) as error:
+                log.info("the ledger cannot be asked now: %s", error)
+            state = read_state(self._site) or {"services": []}
+            for item in state["services"]:
+                known = self.restarts.get(item["name"], 0)
+                self.restarts[item["name"]] = max(known, int(item["restarts"]))
+
+    def _look(self, left: set[Piece], begun: float) -> None:
         now = time.monotonic()
-        for since in self.ended:
-            self.waiting.append((since, set(left)))
-        self.ended.clear()
+        with self._lock:
+            self._owed = (begun, left)
+            self._waiting += [(since, set(left)) for since in self._ended]
+            self._ended.clear()
         still = []
-        for since, pieces in self.waiting:
+        for since, pieces in self._waiting:
             rest = pieces & left
+            if pieces:
+                self.worst_s = max(self.worst_s, now - since)
             if rest:
                 still.append((since, rest))
-            elif pieces:
-                self.worst_s = max(self.worst_s, now - since)
-        self.waiting = still
-        for since, _ in still:
-            self.worst_s = max(self.worst_s, now - since)
+        self._waiting = still
+
+    def end(self) -> None:
+        """Look no more."""
+        self._stopped.set()
+        self.join(timeout=30.0)
 
 
 def site_pids(site: Site) -> dict[str, int]:
@@ -395,8 +437,7 @@ class Chaos:
         self._injector = FaultInjector(
             site, pids=lambda: site_pids(site), chance=random.Random(f"bytes {seed}")
         )
-        self._catch_up = _CatchUp()
-        self._restarts: dict[str, int] = {}
+        self._watcher = _Watcher(site)
 
     def run(self) -> Outcome:
         """Start the site, let it observe among faults, end them, wait, prove, stop it."""
@@ -415,24 +456,26 @@ class Chaos:
             )
             nights.begin(self.site, MANY_VISITS)
             keeper.start()
+            self._watcher.start()
             self._cause(journal)
             self._stop_observing()
             proof, caught_up = self._settle()
             journal.flush()
         finally:
+            self._watcher.end()
             keeper.end()
             if not was_up:
                 stop_site(self.site)
         return Outcome(
-            proof, self.faults, self.skipped, self._catch_up.worst_s, caught_up, time.monotonic() - begun,
-            self._restarts, self.seed, str(journal.path),
+            proof, self.faults, self.skipped, self._watcher.worst_s, caught_up, time.monotonic() - begun,
+            self._watcher.restarts, self.seed, str(journal.path),
         )  # fmt: skip
 
     def _cause(self, journal: _Journal) -> None:
         """Begin and end faults until the time is over; all are ended when this returns, whatever happens."""
         begun = time.monotonic()
         pending, active = list(self.plan), list[tuple[Fault, float]]()
-        next_look = begun
+        next_flush = begun
         try:
             while (now := time.monotonic()) - begun < self.seconds or active:
                 for fault, since in list(active):
@@ -448,9 +491,8 @@ class Chaos:
                         continue
                     if self._begin(fault, journal) and fault.lasts_s:
                         active.append((fault, time.monotonic()))
-                if now >= next_look:
-                    next_look = now + POLL_S
-                    self._look()
+                if now >= next_flush:
+                    next_flush = now + POLL_S
                     journal.flush()
                 time.sleep(0.05)
         finally:
@@ -472,7 +514,7 @@ class Chaos:
         self.faults[fault.kind] += 1
         journal.write("begin", fault, message)
         if not fault.lasts_s:
-            self._catch_up.ended.append(time.monotonic())
+            self._watcher.fault_ended()
         return True
 
     def _end(self, fault: Fault, journal: _Journal) -> None:
@@ -485,22 +527,8 @@ class Chaos:
                     raise
                 log.info("%s does not end yet: %s", fault, error)
                 time.sleep(0.5)
-        self._catch_up.ended.append(time.monotonic())
+        self._watcher.fault_ended()
         journal.write("end", fault)
-
-    def _look(self) -> set[Piece] | None:
-        """What is owed now, by the ledger; None when the ledger cannot say."""
-        state = read_state(self.site)
-        if state is not None:
-            for item in state["services"]:
-                known = self._restarts.get(item["name"], 0)
-                self._restarts[item["name"]] = max(known, int(item["restarts"]))
-        try:
-            left = outstanding(self.site, site_database(self.site))
-        except (CumbreError, OSError):
-            return None
-        self._catch_up.look(left)
-        return left
 
     def _stop_observing(self) -> None:
         """Let what is announced or exposing end; nothing new begins."""
@@ -509,7 +537,6 @@ class Chaos:
         write_atomic(path, json.dumps(order | {"state": "done"}).encode())
         deadline = time.monotonic() + TAKEN_GRACE_S
         while time.monotonic() < deadline and not nights.is_over(self.site):
-            self._look()
             time.sleep(POLL_S)
         self._say(f"{len(taken_images(self.site))} images taken; no faults any more; catching up")
 
@@ -518,9 +545,9 @@ class Chaos:
         deadline = time.monotonic() + max(CATCH_UP_S, self.seconds / 6)
         said: int | None = None
         shown: list[str] = []
-        same_since = time.monotonic()
+        begun = same_since = time.monotonic()
         while True:
-            left = self._look()
+            left = self._watcher.owed_since(begun)
             late = time.monotonic() > deadline
             if left is not None and len(left) != said:
                 said = len(left)

@@ -1,0 +1,79 @@
+"""Full disks, rotten bytes, a tape that is away."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+
+from cumbre.simulator.faults import STORES, flip_bit
+from cumbre.stores.files import sha256_of
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_a_full_disk_delays_and_loses_nothing(running, store):
+    if not running.site.path(store).is_mount():
+        pytest.skip("disks of their own need root")
+    before = running.take(1)
+    with running.fault("disk_full", store):
+        command = running.bus.publish(
+            "Camera.takeImages",
+            {"numImages": 1, "expTime": 1.0, "imageType": "DARK", "filter": "r_chaos", "ra": 0.0, "dec": 0.0},
+        )
+        running.until(
+            lambda: [
+                m for m in running.bus.replay(["Camera.ackcmd"], command) if m.fields["ack"] in (303, -302)
+            ]
+        )
+        time.sleep(1.5)
+    running.nothing_is_lost(before + running.take(1))
+
+
+def files(running, place, obs_id):
+    return sorted(p for p in running.site.path(f"{place}/raw").rglob(f"{obs_id}_*.fits"))
+
+
+@pytest.mark.parametrize("place", ["summit", "base", "archive"])
+def test_rotten_bytes_in_a_cache_are_found_and_replaced(running, place):
+    taken = running.take(1)
+    running.nothing_is_lost(taken)
+    path = random.Random(3).choice(files(running, place, taken[0]))
+    good = sha256_of(path)
+    flip_bit(path, random.Random(4))
+    assert sha256_of(path) != good
+    running.until(lambda: path.exists() and sha256_of(path) == good)
+    kept = list(running.site.path(f"{place}/quarantine").glob(f"*{path.name}"))
+    assert kept
+    running.nothing_is_lost(taken)
+
+
+@pytest.mark.parametrize("place", ["base", "archive"])
+def test_a_vanished_file_without_a_copy_on_tape_is_sent_again(running, place):
+    """While the tape is away its copy cannot help: the link must."""
+    taken = running.take(1)
+    running.nothing_is_lost(taken)
+    path = files(running, place, taken[0])[0]
+    good = sha256_of(path)
+    with running.fault("tape_away", f"{place}/tape"):
+        path.unlink()
+        running.until(lambda: path.exists() and sha256_of(path) == good)
+    running.nothing_is_lost(taken)
+
+
+def test_rotten_bytes_in_the_outage_buffer_are_not_sent(running):
+    with running.fault("link_down", "summit-base"):
+        taken = running.take(1)
+        running.until(lambda: running.has("buffered", taken))
+        kept = sorted(p for p in running.site.path("summit/buffer").rglob(f"{taken[0]}_*.fits"))
+        flip_bit(kept[0], random.Random(5))
+    running.nothing_is_lost(taken)
+
+
+@pytest.mark.parametrize("place", ["base", "archive"])
+def test_a_tape_that_is_away_is_written_when_it_is_back(running, place):
+    with running.fault("tape_away", f"{place}/tape"):
+        taken = running.take(2)
+        running.until(lambda: running.has("at_archive", taken))  # the tape holds up nothing else
+        assert not running.has(f"{place}_tape", taken)
+    running.nothing_is_lost(taken)
