@@ -67,7 +67,8 @@ class ExpressionBinder(GeometryBinder):
             case tree.String(text):
                 if "\0" in text:
                     raise self.error(node.at, "text with a zero character")
-                return Value(self.dialect.string(text), f.TEXT, text=text)
+                column = f.TEXT if text.isascii() else replace(f.TEXT, datatype="unicodeChar")
+                return Value(self.dialect.string(text), column, text=text)
             case tree.Constant(None):
                 return Value("NULL", Column("", "null"))
             case tree.Constant(truth):
@@ -187,7 +188,9 @@ class ExpressionBinder(GeometryBinder):
         if name in ("LOWER", "UPPER"):
             if not (values[0].string or values[0].null):
                 raise self.error(node.at, f"{name} of {values[0].kind}", "it takes text")
-            return f.make(f"{name.lower()}({values[0].sql})", replace(f.TEXT, name=name.lower()), *values)
+            return f.make(
+                f"{name.lower()}({values[0].sql})", replace(values[0].column, name=name.lower()), *values
+            )
         if name == "COALESCE":
             column = f.common_type(values)
             parts = ", ".join(f.as_type(self.dialect, value, column) for value in values)
@@ -278,8 +281,8 @@ class ExpressionBinder(GeometryBinder):
                 a, b, c = self.value(inner), self.value(low), self.value(high)
                 f.comparison(self.dialect, ">=", a, b)
                 f.comparison(self.dialect, "<=", a, c)
-                word = "NOT BETWEEN" if negated else "BETWEEN"
-                return f.make(f"({a.sql} {word} {b.sql} AND {c.sql})", f.BOOLEAN, a, b, c)
+                between = "NOT BETWEEN" if negated else "BETWEEN"
+                return f.make(f"({a.sql} {between} {b.sql} AND {c.sql})", f.BOOLEAN, a, b, c)
             case tree.InList():
                 return self._in_list(node)
             case tree.Like(inner, pattern, negated, ignore_case):

@@ -47,7 +47,9 @@ def common_type(values: list[Value]) -> Column:
         units = {value.column.unit for value in known if value.constant is None}
         return Column("", best.datatype, unit=units.pop() if len(units) == 1 else "", ucd=first.ucd)
     if all(value.string for value in known):
-        return replace(TEXT, xtype=first.xtype if len({v.column.xtype for v in known}) == 1 else "")
+        wide = any(value.column.datatype == "unicodeChar" for value in known)
+        xtype = first.xtype if len({v.column.xtype for v in known}) == 1 else ""
+        return replace(TEXT, datatype="unicodeChar" if wide else "char", xtype=xtype)
     if all(value.boolean for value in known):
         return BOOLEAN
     if all((v.column.datatype, v.column.xtype) == (first.datatype, first.xtype) for v in known):
@@ -60,7 +62,7 @@ def as_type(dialect: Dialect, value: Value, column: Column) -> str:
     """SQL of a value in a type that holds it."""
     if value.column.datatype == column.datatype and value.column.arraysize == column.arraysize:
         return value.sql
-    if value.string and column.datatype == "char":
+    if value.string and column.datatype in ("char", "unicodeChar"):
         return value.sql
     return f"CAST({value.sql} AS {dialect.type_of(column)})"
 
@@ -136,6 +138,12 @@ def negative(dialect: Dialect, operator: str, value: Value) -> Value:
     return replace(made, constant=None if value.constant is None else -value.constant)
 
 
+def _text(*values: Value) -> Column:
+    """Text as wide as what it is made of."""
+    wide = any(value.column.datatype == "unicodeChar" for value in values)
+    return replace(TEXT, datatype="unicodeChar") if wide else TEXT
+
+
 def concatenate(dialect: Dialect, left: Value, right: Value) -> Value:
     """``||``: numbers as text."""
     parts = []
@@ -143,7 +151,7 @@ def concatenate(dialect: Dialect, left: Value, right: Value) -> Value:
         if value.column.arraysize is not None and not value.string:
             raise TypeMismatchError(f"{value.kind} cannot be joined to text")
         parts.append(value.sql if value.string else dialect.cast(value.sql, "char"))
-    return make(f"({parts[0]} || {parts[1]})", TEXT, left, right)
+    return make(f"({parts[0]} || {parts[1]})", _text(left, right), left, right)
 
 
 def comparison(dialect: Dialect, operator: str, left: Value, right: Value) -> str:
@@ -188,7 +196,6 @@ def aggregate(dialect: Dialect, name: str, value: Value | None, *, distinct: boo
     if value.aggregate:
         raise TypeMismatchError(f"{name} of an aggregate", "compute the inner one in a query in FROM")
     word = "DISTINCT " if distinct else ""
-    meaning = {"unit": value.column.unit}
     if name == "COUNT":
         made = make(f"COUNT({word}{value.sql})", Column("count", "long", ucd="meta.number"), value)
     elif name in ("MIN", "MAX"):
@@ -200,7 +207,7 @@ def aggregate(dialect: Dialect, name: str, value: Value | None, *, distinct: boo
         )
     else:
         value = number(dialect, value)
-        column = Column(name.lower(), "double", **meaning)
+        column = Column(name.lower(), "double", unit=value.column.unit)
         plain = dialect.double(value.sql)
         if name == "SUM" and value.integer:
             sql = dialect.cast(f"SUM({word}{value.sql})", "long")
@@ -275,7 +282,7 @@ def cast(dialect: Dialect, value: Value, kind: str, size: int | None) -> Value:
         sql = value.sql if value.string else dialect.cast(value.sql, "char")
         if size is not None:
             sql = f"left({sql}, {size})"
-        return make(sql, Column("", "char", f"{size}*" if size else "*"), value)
+        return make(sql, replace(_text(value), arraysize=f"{size}*" if size else "*"), value)
     if not (value.numeric or value.boolean or value.string or value.null):
         raise TypeMismatchError(f"CAST of {value.kind} to {kind}")
     target = names[kind]

@@ -216,8 +216,8 @@ def array_sql(dialect: Dialect, geometry: Geometry) -> tuple[str, str]:
         case Stored(value, shape):
             return value.sql, shape
         case Box():
-            shape = constant_shape(geometry)
-            if shape is None:
+            box = constant_shape(geometry)
+            if box is None:
                 raise ShapeError("a BOX needs numbers; with columns use POLYGON or compare coordinates")
-            flat = [dialect.number(v) for pair in zip(shape.ra, shape.dec, strict=True) for v in pair]
+            flat = [dialect.number(v) for pair in zip(box.ra, box.dec, strict=True) for v in pair]
             return dialect.array(flat), "polygon"

@@ -293,8 +293,8 @@ class GeometryBinder:
                 if shape is not None:
                     test = f.make(in_shape_sql(self.dialect, first, shape), f.BOOLEAN, first.lon, first.lat)
                     return self._with_pixels(first, second, test)
-        (a, shape_a), (b, shape_b) = array_sql(self.dialect, first), array_sql(self.dialect, second)
-        words = [self.dialect.string(shape_a), a, self.dialect.string(shape_b), b]
+        (one, shape_one), (two, shape_two) = array_sql(self.dialect, first), array_sql(self.dialect, second)
+        words = [self.dialect.string(shape_one), one, self.dialect.string(shape_two), two]
         name = "intersects" if touching else "contains"
         test = f.make(self.dialect.region(name, words), f.BOOLEAN, *values_of(first), *values_of(second))
         return self._with_pixels(first, second, test) if isinstance(first, Point) else test

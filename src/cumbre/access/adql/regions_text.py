@@ -25,7 +25,7 @@ def parse_region(text: str) -> tuple[str, list[float]]:
     shape = {"position": "point"}.get(shape, shape)
     if shape not in (*_COUNTS, "polygon"):
         raise ShapeError(f"region {text[:60]!r}: expected POSITION, CIRCLE, BOX or POLYGON with its numbers")
-    numbers = []
+    numbers: list[float] = []
     for word in words[1:]:
         if word.upper() in _FRAMES and not numbers:
             continue

@@ -50,6 +50,7 @@ class Engines:
 
         self.db = db
         self._instances = Instances(scratch, threads)
+        self._prepared = False
 
     def start(self, plan: Plan, watch: Watch, max_rows: int) -> Started:
         """Run a plan in the engine it was made for."""
@@ -60,7 +61,7 @@ class Engines:
         if plan.engine == "postgres":
             engine = PostgresEngine(self._database())
         else:
-            engine = DuckEngine(self.db, self._instances)
+            engine = DuckEngine(self._database() if plan.fetches else None, self._instances)
         return engine.start(plan, watch, max_rows)
 
     def _database(self) -> Database:
@@ -68,4 +69,9 @@ class Engines:
             from cumbre.core.errors import NotFoundError
 
             raise NotFoundError("this site has no database; only catalogues in files can be asked")
+        if not self._prepared:
+            from cumbre.access.engines.postgres_functions import prepare
+
+            prepare(self.db)
+            self._prepared = True
         return self.db

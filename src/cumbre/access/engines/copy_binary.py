@@ -173,7 +173,8 @@ def _array(content: NDArray[np.uint8], kind: pa.DataType) -> list[Any]:
     if int.from_bytes(raw[4:8], "big") == 0:
         layout = np.dtype([("n", ">i4"), ("v", wire)])
         return np.frombuffer(raw, dtype=layout, count=count, offset=20)["v"].tolist()
-    values, at, width = [], 20, np.dtype(wire).itemsize
+    values: list[Any] = []
+    at, width = 20, np.dtype(wire).itemsize
     for _ in range(count):
         here = int.from_bytes(raw[at : at + 4], "big", signed=True)
         at += 4

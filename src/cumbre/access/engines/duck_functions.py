@@ -7,6 +7,8 @@ from typing import Any
 import duckdb
 import pyarrow as pa  # DuckDB evaluates the annotations
 
+from cumbre.access.regions import area, centroid, contains, intersects
+
 
 def add_functions(link: duckdb.DuckDBPyConnection) -> None:
     """Make them known to an instance."""
@@ -24,10 +26,10 @@ def add_functions(link: duckdb.DuckDBPyConnection) -> None:
 
     add("adql_neighbourhood", _neighbourhood, ["INTEGER", "DOUBLE", "DOUBLE"], "BIGINT[]")
     add("adql_healpix", _healpix, ["INTEGER", "DOUBLE", "DOUBLE"], "BIGINT")
-    add("adql_contains", _region_test("contains"), ["VARCHAR", "DOUBLE[]", "VARCHAR", "DOUBLE[]"], "BOOLEAN")
+    add("adql_contains", _region_test(contains), ["VARCHAR", "DOUBLE[]", "VARCHAR", "DOUBLE[]"], "BOOLEAN")
     add(
         "adql_intersects",
-        _region_test("intersects"),
+        _region_test(intersects),
         ["VARCHAR", "DOUBLE[]", "VARCHAR", "DOUBLE[]"],
         "BOOLEAN",
     )
@@ -65,14 +67,11 @@ def _healpix(order: pa.ChunkedArray, ra: pa.ChunkedArray, dec: pa.ChunkedArray) 
     return pa.array(out, mask=~good)
 
 
-def _region_test(name: str) -> Any:
+def _region_test(decide: Any) -> Any:
     def test(
         one: pa.ChunkedArray, a: pa.ChunkedArray, other: pa.ChunkedArray, b: pa.ChunkedArray
     ) -> pa.Array:
 
-        from cumbre.access import regions
-
-        decide = getattr(regions, name)
         rows = zip(one.to_pylist(), a.to_pylist(), other.to_pylist(), b.to_pylist(), strict=True)
         return pa.array([decide(*row) if None not in row else None for row in rows], type=pa.bool_())
 
@@ -81,17 +80,13 @@ def _region_test(name: str) -> Any:
 
 def _area(shape: pa.ChunkedArray, numbers: pa.ChunkedArray) -> pa.Array:
 
-    from cumbre.access import regions
-
     rows = zip(shape.to_pylist(), numbers.to_pylist(), strict=True)
-    return pa.array([None if b is None else regions.area(a, b) for a, b in rows], type=pa.float64())
+    return pa.array([None if b is None else area(a, b) for a, b in rows], type=pa.float64())
 
 
 def _centroid(numbers: pa.ChunkedArray) -> pa.Array:
 
-    from cumbre.access import regions
-
     return pa.array(
-        [None if row is None else regions.centroid(row) for row in numbers.to_pylist()],
+        [None if row is None else centroid(row) for row in numbers.to_pylist()],
         type=pa.list_(pa.float64()),
     )

@@ -119,7 +119,7 @@ def _with_counts(
 
 
 def _text(array: pa.Array, *, wide: bool) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Strings with their length: UTF-8 bytes, as VOTable 1.6 has it and readers of today do; or UCS-2."""
+    """Strings with their length: ASCII bytes (readers refuse others), or UCS-2."""
     texts = array.fill_null("") if array.null_count else array
     if wide:
         encoded = [_ucs2(text) for text in texts.to_pylist()]
@@ -135,6 +135,10 @@ def _text(array: pa.Array, *, wide: bool) -> tuple[NDArray[np.uint8], NDArray[np
         if data is not None
         else np.empty(0, np.uint8)
     )
+    if len(raw) and int(raw.max()) >= 128:
+        plain = [text.encode("ascii", "replace") for text in texts.to_pylist()]
+        lengths = np.fromiter(map(len, plain), dtype=np.int64, count=len(plain))
+        raw = np.frombuffer(b"".join(plain), dtype=np.uint8)
     return _with_counts(raw, lengths, lengths)
 
 
@@ -146,7 +150,8 @@ def _ucs2(text: str) -> bytes:
 def _arrays(array: pa.Array, column: Column) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     import pyarrow as pa
 
-    fixed = int(column.arraysize) if (column.arraysize or "").isdigit() else None
+    size = column.arraysize or ""
+    fixed = int(size) if size.isdigit() else None
     empty: list[Any] = [None] * fixed if fixed else []
     rows = [empty if row is None else row for row in array.to_pylist()]
     flat = [item for row in rows for item in row]

@@ -75,6 +75,7 @@ def column_of_field(field: pa.Field) -> Column:
         xtype = xtype or "timestamp"
     if datatype == "char":
         arraysize = "*"
+        datatype = "unicodeChar" if words.get("datatype") == "unicodeChar" else "char"
     return Column(
         field.name, datatype, words.get("arraysize") or arraysize, xtype, words.get("unit", ""),
         words.get("ucd", ""), words.get("utype", ""), words.get("description", ""),
