@@ -89,6 +89,14 @@ def test_nothing_is_ordered_unless_enabled_and_not_for_what_began_before(world, 
     assert [order["obsId"] for order in world.orders()] == [mine, later]
 
 
+def test_an_image_that_began_before_the_disable_was_sent_has_its_job(world, base):
+    world.register(1)
+    world.ready("Archiver")
+    obs_id = world.expose()  # not seen yet when the disable is there too
+    world.command("Archiver", "disable")
+    assert [order["obsId"] for order in world.orders()] == [obs_id]
+
+
 def test_disable_kills_no_job_and_is_over_when_the_last_has_ended(world, base):
     world.register(1)
     world.ready("Archiver")

@@ -22,7 +22,7 @@ def make_site(root: Path, *, instrument: str = "lsstcomcam", **settings: object)
         {
             "observatory": {"latitude_deg": -30, "longitude_deg": -70},
             "instruments": [instrument],
-            "places": {"summit": {"raw": "summit/raw"}, "base": {"raw": "base/raw"}},
+            "places": {name: {"raw": f"{name}/raw"} for name in ("summit", "base", "archive")},
             "links": [{"source": "summit", "target": "base"}],
         }
         | settings

@@ -325,6 +325,7 @@ class ControlSystem:
                 self._own_command(message, verb)
             elif component in self.entities:
                 self._start.pop(component, None)  # somebody has taken it in hand
+                self.entities[component].work()  # what came before a disable is not affected by it
                 self.entities[component].handle(message)
             subscription.commit(message)
         return len(messages)
