@@ -299,7 +299,7 @@ class ExpressionParser:
             return tree.Number(token.text, token.start)
         if token.kind == "string":
             self.advance()
-            return tree.String(token.value, token.start)
+            return tree.String(token.value + self._continued(token), token.start)
         if token.kind == "operator" and token.text == "(":
             if self._query_ahead():
                 return tree.Scalar(self._subquery(), token.start)
@@ -324,6 +324,14 @@ class ExpressionParser:
         if len(parts) > 4:
             raise self.error_at(token.start, "a column has at most catalogue, schema, table and name")
         return tree.ColumnRef(tuple(parts), token.start)
+
+    def _continued(self, token: Token) -> str:
+        """Strings on the following lines belong to a string (SQL92)."""
+        rest = ""
+        while self.token.kind == "string" and "\n" in self.text[token.start + len(token.text) : self.token.start]:
+            token = self.advance()
+            rest += token.value
+        return rest
 
     def _case(self) -> tree.Case:
         at = self.advance().start

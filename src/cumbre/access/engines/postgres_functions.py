@@ -69,12 +69,12 @@ $$;
 
 CREATE FUNCTION adql.corners(p float8[]) RETURNS float8[]
 LANGUAGE plpgsql IMMUTABLE STRICT PARALLEL SAFE AS $$
-DECLARE out float8[] := '{}';
+DECLARE w float8[] := '{}';
 BEGIN
     FOR i IN 1 .. array_length(p, 1) / 2 LOOP
-        out := out || ARRAY[adql.vector(p[2 * i - 1], p[2 * i])];
+        w := w || ARRAY[adql.vector(p[2 * i - 1], p[2 * i])];
     END LOOP;
-    RETURN out;
+    RETURN w;
 END $$;
 
 CREATE FUNCTION adql.corner(c float8[], i integer) RETURNS float8[]
@@ -98,7 +98,7 @@ LANGUAGE plpgsql IMMUTABLE STRICT PARALLEL SAFE AS $$
 DECLARE
     m float8[] := adql.middle(c);
     east float8[]; north float8[]; x float8; y float8; d float8; inside boolean := false;
-    bx float8; by float8; hx float8; hy float8; n integer := array_length(c, 1); w float8[];
+    px float8; py float8; hx float8; hy float8; n integer := array_length(c, 1); w float8[];
 BEGIN
     d := adql.dot(v, m);
     IF d <= 0 THEN RETURN false; END IF;
@@ -106,14 +106,14 @@ BEGIN
     north := adql.cross(m, east);
     x := adql.dot(v, east) / d; y := adql.dot(v, north) / d;
     w := adql.corner(c, n); d := adql.dot(w, m);
-    bx := adql.dot(w, east) / d; by := adql.dot(w, north) / d;
+    px := adql.dot(w, east) / d; py := adql.dot(w, north) / d;
     FOR i IN 1 .. n LOOP
         w := adql.corner(c, i); d := adql.dot(w, m);
         hx := adql.dot(w, east) / d; hy := adql.dot(w, north) / d;
-        IF (hy > y) <> (by > y) THEN
-            IF x < (bx - hx) * (y - hy) / (by - hy) + hx THEN inside := NOT inside; END IF;
+        IF (hy > y) <> (py > y) THEN
+            IF x < (px - hx) * (y - hy) / (py - hy) + hx THEN inside := NOT inside; END IF;
         END IF;
-        bx := hx; by := hy;
+        px := hx; py := hy;
     END LOOP;
     RETURN inside;
 END $$;
