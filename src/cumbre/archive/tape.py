@@ -93,6 +93,7 @@ class TapeArchive:
         self._lock = threading.Lock()
         self._index = TapeIndex()
         self._unsynced: list[TapeEntry] = []
+        self._bad: set[str] = set()
         self._number, self._end = 1, 0
         self._stream: io.FileIO | None = None
         self._guard = _locked(state, folder) if state is not None else None
@@ -226,7 +227,7 @@ class TapeArchive:
                 self._unsynced = []
             if self._end and (self._end >= self._volume_bytes or self._is_due()):
                 self._close_volume()
-            return safe + self._upload()
+            return [entry for entry in safe + self._upload() if entry.place not in self._bad]
 
     def read(self, key: str) -> bytes:
         """Bytes of a file, verified.
@@ -309,6 +310,7 @@ class TapeArchive:
         checksum, found = hash_volume(blocks_of(path), entries)
         bad = [entry for entry in entries if found.get(entry.offset) != entry.sha256]
         if bad:
+            self._bad |= {entry.place for entry in bad}
             log.error(
                 "%s: %d of %d files do not read back as they were written", path, len(bad), len(entries)
             )

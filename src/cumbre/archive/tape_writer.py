@@ -233,6 +233,8 @@ class TapeWriter:
         try:
             entry = tape.append(parcel.key, path, parcel.sha256, sky=sky)
         except FileNotFoundError as error:
+            if path.is_file():
+                raise  # the tape is gone, not the file
             raise NotFoundError(f"{path}: gone before it was on tape") from error
         if entry is not None:
             return []

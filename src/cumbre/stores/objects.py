@@ -245,10 +245,9 @@ class ObjectStore:
         if self._folder is not None:
             content = b"".join(blocks_of(self._path(key)))
         else:
-            try:
-                content = self._resource(key).read()
-            except FileNotFoundError as error:
-                raise NotFoundError(f"{self.root}/{key}: no such object") from error
+            client, bucket, name = self._client(key)
+            with _s3_errors(f"{self.root}/{key}"):
+                content = client.get_object(Bucket=bucket, Key=name)["Body"].read()
         _check(key, sha256_of_bytes(content) if expected_sha256 else "", expected_sha256)
         return content
 
@@ -266,13 +265,20 @@ class ObjectStore:
         NotFoundError
             No such object.
         """
-        try:
-            return self._path(key).stat().st_size if self._folder is not None else self._resource(key).size()
-        except FileNotFoundError as error:
-            raise NotFoundError(f"{self.root}/{key}: no such object") from error
+        if self._folder is not None:
+            try:
+                return self._path(key).stat().st_size
+            except FileNotFoundError as error:
+                raise NotFoundError(f"{self.root}/{key}: no such object") from error
+        client, bucket, name = self._client(key)
+        with _s3_errors(f"{self.root}/{key}"):
+            head = self._head(client, bucket, name)
+        if head is None:
+            raise NotFoundError(f"{self.root}/{key}: no such object")
+        return int(head["ContentLength"])
 
     def list(self, prefix: str = "") -> Iterator[str]:
-        """Keys below the folder ``prefix``, sorted within each folder; unfinished writes do not show."""
+        """Keys below the folder ``prefix``, sorted (within each folder); unfinished writes do not show."""
         if self._folder is not None:
             top = self._path(prefix) if prefix else self._folder
             for folder, folders, names in top.walk():
@@ -281,12 +287,13 @@ class ObjectStore:
                     if not name.endswith(".tmp"):
                         yield (folder / name).relative_to(self._folder).as_posix()
             return
-        base = self._resource("", folder=True)
-        for folder_path, _, names in self._resource(prefix, folder=True).walk():
-            for name in sorted(names):
-                key = folder_path.join(name).relative_to(base)
-                if key:
-                    yield key
+        client, bucket, base = self._client("x")
+        base = base.removesuffix("x")
+        top = f"{base}{_clean(prefix)}/" if prefix else base
+        with _s3_errors(f"{self.root}/{prefix}"):
+            for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=top):
+                for item in page.get("Contents", ()):
+                    yield str(item["Key"]).removeprefix(base)
 
     def delete(self, key: str) -> None:
         """Remove an object; an absent one is fine."""
@@ -299,11 +306,10 @@ class ObjectStore:
         assert self._folder is not None
         return self._folder / _clean(key)
 
-    def _resource(self, key: str, *, folder: bool = False) -> ResourcePath:
+    def _resource(self, key: str) -> ResourcePath:
         from lsst.resources import ResourcePath
 
-        base = ResourcePath(self.root, forceDirectory=True)
-        return base.join(_clean(key), forceDirectory=folder) if key else base
+        return ResourcePath(self.root, forceDirectory=True).join(_clean(key))
 
 
 @contextmanager
