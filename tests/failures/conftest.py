@@ -122,7 +122,7 @@ class Running:
 
 
 @pytest.fixture(scope="session")
-def running() -> Iterator[Running]:
+def _site() -> Iterator[Running]:
     """The site of all tests here; disks of its own where this process may mount them."""
     folder = Path(tempfile.mkdtemp(prefix="cumbre-failures-")) / "site"
     site = chaos_site(folder, 1, 3)
@@ -147,7 +147,8 @@ def running() -> Iterator[Running]:
         shutil.rmtree(folder.parent, ignore_errors=True)
 
 
-@pytest.fixture(autouse=True)
-def _all_up(running: Running) -> None:
-    """Before each test every service runs."""
-    running.until(lambda: set(roles_of(running.site)) <= set(site_pids(running.site)))
+@pytest.fixture
+def running(_site: Running) -> Running:
+    """The site, with every service running."""
+    _site.until(lambda: set(roles_of(_site.site)) <= set(site_pids(_site.site)))
+    return _site

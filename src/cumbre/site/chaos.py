@@ -238,14 +238,15 @@ def _aim(
 # the site
 
 
-def chaos_site(root: Path, seed: int, minutes: float) -> Site:
+def chaos_site(root: Path, seed: int, minutes: float, *, small_disks: bool = True) -> Site:
     """Make a site with small sensors, short exposures, and stores on small disks where that is allowed."""
+    small_disks = small_disks and can_mount()
     if (root / SITE_FILE).exists():
         site = Site.load(root)
         if site.config.simulator is None:
             raise UserError(f"{root}: not a simulated site; faults are not caused in a real observatory")
         return site
-    if can_mount():
+    if small_disks:
         mount_disk(root, int(400 + 60 * minutes))
     root.mkdir(parents=True, exist_ok=True)
     root = root.resolve()
@@ -267,7 +268,7 @@ def chaos_site(root: Path, seed: int, minutes: float) -> Site:
     text = yaml.safe_dump(data, sort_keys=False)
     parse_site(text, str(root / SITE_FILE))
     write_atomic(root / SITE_FILE, text.encode())
-    if can_mount():
+    if small_disks:
         for store in STORES:
             mount_disk(root / store, DISK_MB)
     return Site.load(root)
