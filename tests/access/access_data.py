@@ -37,7 +37,7 @@ def sky(count: int = 4000) -> pa.Table:
     ra, dec = rng.uniform(0, 360, count), np.degrees(np.arcsin(rng.uniform(-1, 1, count)))
     ra[:4], dec[:4] = (0.0, 359.9999, 180.0, 90.0), (90.0, -89.9999, 0.0, 0.0)
     mag = rng.normal(20, 2, count).astype(np.float32)
-    kinds = np.array(["star", "galaxy", "it's, \"odd\" é"], dtype=object)[rng.integers(0, 3, count)]
+    kinds = np.array(["star", "galaxy", 'it\'s, "odd" é'], dtype=object)[rng.integers(0, 3, count)]
     pixel = hpgeom.angle_to_pixel(1 << 29, ra, dec)
     half = 0.5
     width = half / np.maximum(np.cos(np.radians(dec)), 0.1)
@@ -60,7 +60,9 @@ def sky(count: int = 4000) -> pa.Table:
 
 def stars(engine: str, source: Any) -> Table:
     """The table ``cat.stars`` in an engine."""
-    return Table("cat", "stars", COLUMNS, "All stars.", engine, source, Position("ra", "dec", "hpx29"), rows=4000)
+    return Table(
+        "cat", "stars", COLUMNS, "All stars.", engine, source, Position("ra", "dec", "hpx29"), rows=4000
+    )
 
 
 def others(engine: str, source: Any) -> Table:
@@ -69,7 +71,13 @@ def others(engine: str, source: Any) -> Table:
     return Table("cat", "kinds", columns, "Names of kinds.", engine, source, rows=3)
 
 
-KINDS = pa.table({"kind": ["star", "galaxy", "dust"], "label": ["Star", "Galaxy", "Dust"], "size": pa.array([1, 2, 3], pa.int32())})
+KINDS = pa.table(
+    {
+        "kind": ["star", "galaxy", "dust"],
+        "label": ["Star", "Galaxy", "Dust"],
+        "size": pa.array([1, 2, 3], pa.int32()),
+    }
+)
 
 
 @dataclass

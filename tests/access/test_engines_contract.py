@@ -31,6 +31,7 @@ def column(name: str) -> np.ndarray:
 
 def separation(ra: float, dec: float) -> np.ndarray:
     """Degrees by the angle of unit vectors (not the formula under test)."""
+
     def vector(a, d):
         return np.stack([np.cos(d) * np.cos(a), np.cos(d) * np.sin(a), np.sin(d)], -1)
 
@@ -52,8 +53,12 @@ REGIONS = [
 
 
 @pytest.mark.parametrize("form", REGIONS)
-@pytest.mark.parametrize(("ra", "dec", "r"), [(10, 20, 8), (0.5, -40, 15), (123, 89.5, 5), (200, -90, 30), (5, 5, 120)])
-def test_every_form_of_a_cone_finds_the_same_rows(place: Place, form: str, ra: float, dec: float, r: float) -> None:
+@pytest.mark.parametrize(
+    ("ra", "dec", "r"), [(10, 20, 8), (0.5, -40, 15), (123, 89.5, 5), (200, -90, 30), (5, 5, 120)]
+)
+def test_every_form_of_a_cone_finds_the_same_rows(
+    place: Place, form: str, ra: float, dec: float, r: float
+) -> None:
     found = place.rows(f"SELECT id FROM cat.stars AS s WHERE {form.format(ra=ra, dec=dec, r=r)} ORDER BY id")
     wanted = sorted(column("id")[separation(ra, dec) < r])
     assert [row[0] for row in found] == wanted
@@ -67,8 +72,12 @@ def test_a_small_cone_is_asked_by_pixels(place: Place, form: str) -> None:
 
 
 def test_what_is_not_inside(place: Place) -> None:
-    inside = place.rows("SELECT COUNT(*) FROM stars WHERE CONTAINS(POINT(ra, dec), CIRCLE(10, 20, 30)) = 1")[0][0]
-    outside = place.rows("SELECT COUNT(*) FROM stars WHERE CONTAINS(POINT(ra, dec), CIRCLE(10, 20, 30)) = 0")[0][0]
+    inside = place.rows("SELECT COUNT(*) FROM stars WHERE CONTAINS(POINT(ra, dec), CIRCLE(10, 20, 30)) = 1")[
+        0
+    ][0]
+    outside = place.rows("SELECT COUNT(*) FROM stars WHERE CONTAINS(POINT(ra, dec), CIRCLE(10, 20, 30)) = 0")[
+        0
+    ][0]
     assert inside + outside == 4000
     assert inside == (separation(10, 20) <= 30).sum()
 
@@ -91,7 +100,9 @@ def test_expressions(place: Place) -> None:
 
 
 def test_arithmetic_without_an_answer_is_null(place: Place) -> None:
-    row = place.rows("SELECT TOP 1 1/0, 1.5/0, MOD(5, 0), MOD(5.5, 0), LOG(0), LOG10(-1), 1 + NULL FROM stars")[0]
+    row = place.rows(
+        "SELECT TOP 1 1/0, 1.5/0, MOD(5, 0), MOD(5.5, 0), LOG(0), LOG10(-1), 1 + NULL FROM stars"
+    )[0]
     assert row == (None,) * 7
 
 
@@ -113,7 +124,9 @@ def test_aggregates_against_numpy(place: Place) -> None:
     )
     assert [row[0] for row in rows] == [1, 2, 3, 4, 5]
     for row in rows:
-        good = np.array([m for m, n in zip(mag, night, strict=True) if n == row[0] and m is not None], dtype=float)
+        good = np.array(
+            [m for m, n in zip(mag, night, strict=True) if n == row[0] and m is not None], dtype=float
+        )
         assert row[1] == (night == row[0]).sum()
         assert row[2] == len(good)
         assert row[3] == pytest.approx(good.mean())
@@ -134,8 +147,8 @@ def test_text_and_truth(place: Place) -> None:
     assert count("kind LIKE 'st%'") == kinds.count("star")
     assert count("kind LIKE 'ST%'") == 0
     assert count("kind ILIKE 'ST%'") == kinds.count("star")
-    assert count("kind NOT LIKE '%a%'") == kinds.count("it's, \"odd\" é")
-    assert count("kind = 'it''s, \"odd\" é'") == kinds.count("it's, \"odd\" é")
+    assert count("kind NOT LIKE '%a%'") == kinds.count('it\'s, "odd" é')
+    assert count("kind = 'it''s, \"odd\" é'") == kinds.count('it\'s, "odd" é')
     assert count("kind IN ('star', 'galaxy')") == kinds.count("star") + kinds.count("galaxy")
     assert count("kind IS NULL") == kinds.count(None)
     assert count(r"kind LIKE '\%'") == 0
@@ -144,8 +157,11 @@ def test_text_and_truth(place: Place) -> None:
 
 
 def test_names_of_the_result(place: Place) -> None:
-    table = place.ask("SELECT TOP 1 s.ra, k.kind, s.kind, RA AS \"My ra\", ra + 1, COUNT, count FROM stars AS s, kinds k"
-                      .replace(", COUNT, count", ""))
+    table = place.ask(
+        'SELECT TOP 1 s.ra, k.kind, s.kind, RA AS "My ra", ra + 1, COUNT, count FROM stars AS s, kinds k'.replace(
+            ", COUNT, count", ""
+        )
+    )
     assert table.column_names == ["ra", "kind", "kind_2", "My ra", "col5"]
     assert table.schema.field("ra").metadata[b"unit"] == b"deg"
     assert table.schema.field("My ra").metadata[b"ucd"] == b"pos.eq.ra;meta.main"
@@ -157,13 +173,21 @@ def test_joins(place: Place) -> None:
     assert both == kinds.count("star") + kinds.count("galaxy")
     assert place.rows("SELECT COUNT(*) FROM stars NATURAL JOIN kinds")[0][0] == both
     assert place.rows("SELECT COUNT(*) FROM stars s, kinds k WHERE s.kind = k.kind")[0][0] == both
-    left = place.rows("SELECT COUNT(*), COUNT(label) FROM stars LEFT JOIN kinds ON stars.kind = kinds.kind")[0]
+    left = place.rows("SELECT COUNT(*), COUNT(label) FROM stars LEFT JOIN kinds ON stars.kind = kinds.kind")[
+        0
+    ]
     assert left == (4000, both)
-    lone = place.rows('SELECT label, "size", kind FROM stars RIGHT OUTER JOIN kinds USING (kind) WHERE id IS NULL')
+    lone = place.rows(
+        'SELECT label, "size", kind FROM stars RIGHT OUTER JOIN kinds USING (kind) WHERE id IS NULL'
+    )
     assert lone == [("Dust", 3, "dust")]
     full = place.rows("SELECT COUNT(*), COUNT(kind) FROM stars FULL JOIN kinds USING (kind)")[0]
     assert full == (4001, 4001 - kinds.count(None))
-    assert place.ask("SELECT TOP 1 * FROM kinds JOIN stars USING (kind)").column_names[:3] == ["kind", "label", "size"]
+    assert place.ask("SELECT TOP 1 * FROM kinds JOIN stars USING (kind)").column_names[:3] == [
+        "kind",
+        "label",
+        "size",
+    ]
 
 
 def test_queries_in_queries(place: Place) -> None:
@@ -187,7 +211,9 @@ def test_set_operations(place: Place) -> None:
     ]  # fmt: skip
     assert place.rows("SELECT kind FROM kinds EXCEPT SELECT kind FROM stars") == [("dust",)]
     assert len(place.rows("SELECT id FROM stars INTERSECT SELECT TOP 5 id FROM stars ORDER BY 1")) == 5
-    assert place.rows("SELECT COUNT(*) FROM (SELECT kind FROM kinds UNION ALL SELECT kind FROM kinds) AS q") == [(6,)]
+    assert place.rows(
+        "SELECT COUNT(*) FROM (SELECT kind FROM kinds UNION ALL SELECT kind FROM kinds) AS q"
+    ) == [(6,)]
     mixed = place.rows('SELECT "size" AS v FROM kinds UNION SELECT 2.5 FROM kinds ORDER BY v DESC OFFSET 1')
     assert mixed == [(2.5,), (2.0,), (1.0,)]
 
@@ -209,18 +235,24 @@ def test_order_top_offset(place: Place) -> None:
 
 def test_regions_in_columns(place: Place) -> None:
     """Squares of one degree around each row: those that hold a position are near it."""
-    rows = place.rows("SELECT id, DISTANCE(ra, dec, 40, 10) FROM stars WHERE 1 = CONTAINS(POINT(40, 10), outline)")
+    rows = place.rows(
+        "SELECT id, DISTANCE(ra, dec, 40, 10) FROM stars WHERE 1 = CONTAINS(POINT(40, 10), outline)"
+    )
     near = column("id")[separation(40, 10) < 0.45]
     assert set(near) <= {row[0] for row in rows}
     assert all(row[1] < 0.75 for row in rows)
-    touching = {r[0] for r in place.rows("SELECT id FROM stars WHERE INTERSECTS(outline, CIRCLE(40, 10, 5)) = 1")}
+    touching = {
+        r[0] for r in place.rows("SELECT id FROM stars WHERE INTERSECTS(outline, CIRCLE(40, 10, 5)) = 1")
+    }
     distance = dict(zip(column("id").tolist(), separation(40, 10), strict=True))
     assert {i for i, d in distance.items() if d < 5.4} <= touching
     assert touching <= {i for i, d in distance.items() if d < 5.8}
     inside = {r[0] for r in place.rows("SELECT id FROM stars WHERE CONTAINS(outline, CIRCLE(40, 10, 5)) = 1")}
     assert {i for i, d in distance.items() if d < 4.2} <= inside
     assert inside <= {i for i, d in distance.items() if d < 4.6}
-    boxes = {r[0] for r in place.rows("SELECT id FROM stars WHERE INTERSECTS(outline, BOX(40, 10, 4, 4)) = 1")}
+    boxes = {
+        r[0] for r in place.rows("SELECT id FROM stars WHERE INTERSECTS(outline, BOX(40, 10, 4, 4)) = 1")
+    }
     assert {i for i, d in distance.items() if d < 2.4} <= boxes
 
 
@@ -256,7 +288,14 @@ def test_healpix_function_against_hpgeom(place: Place) -> None:
         assert (computed == wanted).mean() > (0.99 if order == 29 else 0.9999)
 
 
-UPLOAD = pa.table({"n": [1, 2, 3, 4], "ra": [10.0, 200.0, None, 359.99], "dec": [20.0, -45.0, 3.0, 0.0], "r": [5.0, 6.0, 7.0, 8.0]})
+UPLOAD = pa.table(
+    {
+        "n": [1, 2, 3, 4],
+        "ra": [10.0, 200.0, None, 359.99],
+        "dec": [20.0, -45.0, 3.0, 0.0],
+        "r": [5.0, 6.0, 7.0, 8.0],
+    }
+)
 
 
 def test_match_with_an_upload(place: Place) -> None:
@@ -276,11 +315,13 @@ def test_match_with_an_upload(place: Place) -> None:
     ):
         assert set(place.rows(text, uploads={"mine": UPLOAD})) == wanted, text
     left = place.rows(
-        "SELECT s.id, u.n FROM stars s LEFT JOIN mine u ON DISTANCE(u.ra, u.dec, s.ra, s.dec) < 6", uploads={"mine": UPLOAD}
+        "SELECT s.id, u.n FROM stars s LEFT JOIN mine u ON DISTANCE(u.ra, u.dec, s.ra, s.dec) < 6",
+        uploads={"mine": UPLOAD},
     )
     assert len(left) == 4000 - len({i for _, i in wanted}) + len(wanted)
     own = place.rows(
-        "SELECT u.n, s.id FROM mine u JOIN stars s ON DISTANCE(u.ra, u.dec, s.ra, s.dec) < u.r", uploads={"mine": UPLOAD}
+        "SELECT u.n, s.id FROM mine u JOIN stars s ON DISTANCE(u.ra, u.dec, s.ra, s.dec) < u.r",
+        uploads={"mine": UPLOAD},
     )
     assert {row for row in own if row[0] == 2} == {row for row in wanted if row[0] == 2}
 
@@ -302,7 +343,9 @@ def test_match_with_itself(place: Place) -> None:
 
 def test_upload_without_match(place: Place) -> None:
     uploads = {"ids": pa.table({"id": [3, 5, 7], "name": ["a", "é", None]})}
-    rows = place.rows("SELECT s.id, u.name FROM stars s JOIN tap_upload.ids u ON s.id = u.id ORDER BY s.id", uploads=uploads)
+    rows = place.rows(
+        "SELECT s.id, u.name FROM stars s JOIN tap_upload.ids u ON s.id = u.id ORDER BY s.id", uploads=uploads
+    )
     assert rows == [(3, "a"), (5, "é"), (7, None)]
 
 

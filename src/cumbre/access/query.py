@@ -41,6 +41,7 @@ class Result:
         row_limit: str,
         stop: Callable[[], None],
         close: Callable[[], None],
+        listen: bool = False,
     ) -> None:
         self.columns = columns
         self.schema = schema
@@ -53,6 +54,7 @@ class Result:
         self._row_limit = row_limit
         self._stop = stop
         self._close = close
+        self._listen = listen
         self._closed = False
 
     def batches(self) -> Iterator[pa.RecordBatch]:
@@ -65,7 +67,10 @@ class Result:
         QueryCancelledError
             Somebody cancelled.
         """
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.close)
+            if self._listen:
+                stack.enter_context(bell(self._watch.cancelled, self._stop))
             for full in self._stream:
                 self._watch.check()
                 batch = full
@@ -80,8 +85,6 @@ class Result:
                     yield batch
                 if self.overflow is not None:
                     return
-        finally:
-            self.close()
 
     def cancel(self) -> None:
         """Stop the query in its engine, from any thread; :meth:`batches` then raises."""
@@ -162,7 +165,7 @@ def run(
     started = engines.start(plan, watch, most)
     result = Result(
         plan.columns, plan.schema, started.batches, watch=watch, max_rows=most, row_limit=text,
-        stop=started.cancel, close=started.close,
+        stop=started.cancel, close=started.close, listen=cancel is not None,
     )  # fmt: skip
     if most == 0:
         result.overflow = "MAXREC 0: only the description of the columns was asked for"

@@ -328,7 +328,10 @@ class ExpressionParser:
     def _continued(self, token: Token) -> str:
         """Strings on the following lines belong to a string (SQL92)."""
         rest = ""
-        while self.token.kind == "string" and "\n" in self.text[token.start + len(token.text) : self.token.start]:
+        while (
+            self.token.kind == "string"
+            and "\n" in self.text[token.start + len(token.text) : self.token.start]
+        ):
             token = self.advance()
             rest += token.value
         return rest

@@ -118,11 +118,11 @@ class _Running:
                 clean.append(f"table {fetch.name}")
                 self._fetch(link, fetch)
             if plan.seed is not None:
-                link.execute("SELECT setseed(?)", [(plan.seed * 0.6180339887) % 1.0])
+                link.execute("SELECT setseed(?)", [(plan.seed * 0.6180339887) % 1.0]).fetchall()
             self._watch.check()
-            reader = link.sql(sql).to_arrow_reader(BATCH_ROWS)
-            for batch in reader:
-                yield _conform(batch, plan.schema)
+            with link.sql(sql).to_arrow_reader(BATCH_ROWS) as reader:
+                for batch in reader:
+                    yield _conform(batch, plan.schema)
         except duckdb.Error as error:
             raise self._explain(error) from error
         finally:
