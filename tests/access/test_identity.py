@@ -62,7 +62,9 @@ def test_revoked_expired_and_disabled_tokens_are_refused(identity, database):
     with pytest.raises(AuthenticationError, match="revoked"):
         identity.authenticate(token.token)
     late = identity.create_token("vera", ["read:tap"], 1)
-    database.execute("UPDATE access.token SET expires = now() - interval '1 second' WHERE token_id = %s", (late.token_id,))
+    database.execute(
+        "UPDATE access.token SET expires = now() - interval '1 second' WHERE token_id = %s", (late.token_id,)
+    )
     with pytest.raises(AuthenticationError, match="expired"):
         identity.authenticate(late.token)
     good = identity.create_token("vera", ["read:tap"], 1)
@@ -150,7 +152,9 @@ def test_the_command_line(identity, database, tmp_path, monkeypatch):
     (tmp_path / "site" / "run" / "postgres.dsn").write_text(database.dsn)
     site = ["--site", str(tmp_path / "site")]
     runner = CliRunner()
-    made = runner.invoke(token, ["create", *site, "--user", "vera", "--scope", "read:tap", "--days", "2", "--json"])
+    made = runner.invoke(
+        token, ["create", *site, "--user", "vera", "--scope", "read:tap", "--days", "2", "--json"]
+    )
     assert made.exit_code == 0, made.output
     answer = json.loads(made.output)
     assert identity.authenticate(answer["token"]).account == "vera"

@@ -147,7 +147,7 @@ def _standard_columns() -> dict[str, tuple[Column, ...]]:
             columns.append(
                 Column(
                     label.lstrip("*"), kind, size or None, xtype, unit, ucd,
-                    f"obscore:{utype}" if utype else "", description, label.startswith("*"),
+                    f"obscore:{utype}" if utype and name == "obscore" else utype, description, label.startswith("*"),
                     label.lstrip("*") in ("obs_id", "t_min"), bool(utype),
                 )
             )  # fmt: skip
@@ -192,7 +192,7 @@ def _views() -> tuple[_View, ...]:
         ),
         _View(
             Table("ivoa", "obsplan", columns["obsplan"], "Planned and performed observations (ObsLocTAP 1.0).",
-                  position=Position("s_ra", "s_dec"), utype="ivo://ivoa.net/std/obsloctap#core-1.0"),
+                  position=Position("s_ra", "s_dec"), utype="ivo://ivoa.net/std/obsloctap#table-1.0"),
             obsplan, "",
         ),
         _View(

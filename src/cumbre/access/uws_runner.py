@@ -38,6 +38,20 @@ class JobContext:
     cancelled: threading.Event = field(default_factory=threading.Event)
     info: dict[str, Any] = field(default_factory=dict)
     timed_out: bool = False
+    stops: list[Callable[[], None]] = field(default_factory=list)
+    """What stops the work at once, called when it is cancelled."""
+
+    def cancel(self) -> None:
+        """Tell the work to stop, and stop what it waits for."""
+        self.cancelled.set()
+        for stop in list(self.stops):
+            stop()
+
+    def on_cancel(self, stop: Callable[[], None]) -> None:
+        """Have ``stop`` called when the job is cancelled, at once if it is already."""
+        self.stops.append(stop)
+        if self.cancelled.is_set():
+            stop()
 
 
 Work = Callable[[Job, JobContext], list[JobResult]]
@@ -84,13 +98,13 @@ class JobRunner:
         """Stop a job of this process at once; the watch finds those of others."""
         context = self._running.get(job_id)
         if context is not None:
-            context.cancelled.set()
+            context.cancel()
 
     def close(self) -> None:
         """Stop; jobs that run are cancelled and queued again by whoever comes next."""
         self._stop.set()
         for context in list(self._running.values()):
-            context.cancelled.set()
+            context.cancel()
         self.wake()
         for thread in self._threads:
             thread.join(5)
@@ -160,11 +174,11 @@ class JobRunner:
                 for context in running.values():
                     if time.monotonic() > context.deadline_s and not context.cancelled.is_set():
                         context.timed_out = True
-                        context.cancelled.set()
+                        context.cancel()
                 if running:
                     lost = self._store.beat(self._worker, {key: dict(c.info) for key, c in running.items()})
                     for job_id in lost:
-                        running[job_id].cancelled.set()
+                        running[job_id].cancel()
                 if time.monotonic() - upkeep_s > UPKEEP_S:
                     upkeep_s = time.monotonic()
                     self._store.reclaim()

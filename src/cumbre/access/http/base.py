@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 from xml.sax.saxutils import escape, quoteattr
 
+from starlette.formparsers import MultiPartException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 
@@ -133,15 +134,18 @@ async def read_parameters(request: Request, *, limit_bytes: int = MAX_FORM_BYTES
             raise TooLargeError(_too_large(limit_bytes))
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind == "multipart/form-data":
-            bounded = Request(request.scope, _bounded(request.receive, limit_bytes))
+            count = _Count(request.receive, limit_bytes)
             try:
-                form = await bounded.form(
+                form = await Request(request.scope, count.receive).form(
                     max_files=32, max_fields=MAX_FIELDS, max_part_size=min(limit_bytes, MAX_LINKS_BYTES)
                 )
-            except (TooLargeError, ClientDisconnect):
+            except ClientDisconnect:
                 raise
             except Exception as error:
+                if count.exceeded:
+                    raise TooLargeError(_too_large(limit_bytes)) from error
                 raise UsageError(f"the form cannot be read: {str(error)[:200]}") from error
+            request.state.form = form  # the gate closes its files
             for name, item in form.multi_items():
                 if isinstance(item, str):
                     pairs.append((name, item))
@@ -172,18 +176,20 @@ def _too_large(limit_bytes: int) -> str:
     return f"the request is larger than {limit_bytes} bytes, the most that is taken here"
 
 
-def _bounded(receive: Callable[[], Awaitable[Any]], limit: int) -> Callable[[], Awaitable[Any]]:
-    seen = 0
+class _Count:
+    """Counts the bytes of a body and stops it in a way that lets the form close its files."""
 
-    async def inner() -> Any:
-        nonlocal seen
-        message = await receive()
-        seen += len(message.get("body", b""))
-        if seen > limit:
-            raise TooLargeError(_too_large(limit))
+    def __init__(self, receive: Callable[[], Awaitable[Any]], limit: int) -> None:
+        self._receive, self._limit, self._seen = receive, limit, 0
+        self.exceeded = False
+
+    async def receive(self) -> Any:
+        message = await self._receive()
+        self._seen += len(message.get("body", b""))
+        if self._seen > self._limit:
+            self.exceeded = True
+            raise MultiPartException("too large")
         return message
-
-    return inner
 
 
 # who asks
@@ -346,6 +352,10 @@ class Gate:
             except Exception:
                 log.exception("%s %s", request.method, request.url.path)
                 return error(CumbreError("a fault of the service; it is in its log"))
+            finally:
+                form = getattr(request.state, "form", None)
+                if form is not None:
+                    await form.close()
             response.headers.update(headers)
             return response
 

@@ -71,7 +71,7 @@ class Cone:
         maxrec = 0 if radius == 0 else parameters.integer("MAXREC")
         form = find_format(parameters.value("RESPONSEFORMAT"))
         question = Question(cone_adql(table, ra, dec, radius, verbosity), form, "1.4", maxrec)
-        return await self.tap.answer(question, who, describe=lambda column: _old_ucd(table, column))
+        return await self.tap.answer(request, question, who, describe=lambda column: _old_ucd(table, column))
 
 
 def cone_adql(table: Table, ra: float, dec: float, radius: float, verbosity: int) -> str:

@@ -129,4 +129,4 @@ class Sia:
         question = Question(
             adql, find_format(wanted), "1.4", MAXREC if maxrec is None else min(maxrec, MAXREC)
         )
-        return await self.tap.answer(question, who)
+        return await self.tap.answer(request, question, who)

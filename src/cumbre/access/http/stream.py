@@ -14,12 +14,16 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
 
+from starlette.requests import ClientDisconnect, Request
+
 from cumbre.access.http.base import BusyError
 
 HELD_BYTES = 1 << 14
 BLOCKS_AHEAD = 8
 QUICK_S = 1.0
 QUEUE_S = 30.0
+LEFT_S = 0.25
+"""How often a waiting answer looks whether its client is still there."""
 
 
 class Lanes:
@@ -151,9 +155,11 @@ class Pipe:
 
     # reader
 
-    async def started(self) -> None:
-        """Wait for the first bytes, or the end."""
-        await self._started.wait()
+    async def started(self, wait_s: float) -> bool:
+        """Wait for the first bytes, or the end; False when there was neither."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._started.wait(), wait_s)
+        return self._started.is_set()
 
     async def blocks(self, ended: Callable[[], None]) -> AsyncIterator[bytes]:
         """All blocks; ``ended`` is called when the client leaves or everything was sent."""
@@ -166,13 +172,22 @@ class Pipe:
             ended()
 
 
-async def start_writing(pool: Executor, pipe: Pipe, work: Callable[[Pipe], None]) -> asyncio.Future[None]:
+async def start_writing(
+    pool: Executor, pipe: Pipe, work: Callable[[Pipe], None], request: Request, stop: Callable[[], None]
+) -> asyncio.Future[None]:
     """Run ``work`` in the pool and wait until the pipe begins or the work failed.
+
+    Parameters
+    ----------
+    stop
+        Called when the client leaves meanwhile.
 
     Raises
     ------
     CumbreError
         What the work raised before anything was sent.
+    ClientDisconnect
+        The client left.
     """
 
     def run() -> None:
@@ -185,7 +200,12 @@ async def start_writing(pool: Executor, pipe: Pipe, work: Callable[[Pipe], None]
         pipe.finish()
 
     future = asyncio.get_running_loop().run_in_executor(pool, run)
-    await pipe.started()
+    while not await pipe.started(LEFT_S):
+        if await request.is_disconnected():
+            pipe.gone.set()
+            stop()
+            future.add_done_callback(lambda done: done.exception())  # nobody is left to hear of it
+            raise ClientDisconnect
     if not pipe.flushed:
         await future
     return future

@@ -18,8 +18,10 @@ from cumbre.access.http.base import (
     Parameters,
     TooLargeError,
     UsageError,
+    in_pool,
     read_parameters,
 )
+from cumbre.access.http.fetch import fetch_table
 from cumbre.access.http.stream import Lanes, Pipe, start_writing
 from cumbre.access.http.upload_files import parse_upload_parameter, read_table
 from cumbre.access.identity import Identity, Principal
@@ -91,6 +93,35 @@ class Question:
         return cls(adql, form, version[1] if version else "1.4", parameters.integer("MAXREC"))
 
 
+class Stop:
+    """Ends a query from any thread, whether it has begun or not."""
+
+    def __init__(self) -> None:
+        self.told = threading.Event()
+        self._lock = threading.Lock()
+        self._result: Result | None = None
+
+    def watch(self, result: Result | None) -> None:
+        """The query that is to be ended; None when there is none any more."""
+        with self._lock:
+            self._result = result
+        if result is not None and self.told.is_set():
+            result.cancel()
+
+    def __call__(self) -> None:
+        """End it."""
+        self.told.set()
+        with self._lock:
+            result = self._result
+        if result is not None:
+            result.cancel()
+
+    def later(self) -> None:
+        """End it without waiting for that."""
+        if not self.told.is_set():
+            threading.Thread(target=self, name="query-stop", daemon=True).start()
+
+
 @dataclass(frozen=True)
 class Tap:
     """Queries of a site.
@@ -103,6 +134,8 @@ class Tap:
         What a query may cost in each mode.
     upload_bytes
         Most bytes of one request.
+    upload_hosts
+        Hosts of private networks from which tables may be fetched.
     """
 
     tables: Tables
@@ -114,6 +147,7 @@ class Tap:
     sync_limits: Limits
     job_limits: Limits
     upload_bytes: int
+    upload_hosts: frozenset[str] = frozenset()
 
     # at once
 
@@ -121,11 +155,12 @@ class Tap:
         """``/tap/sync``."""
         parameters = await read_parameters(request, limit_bytes=self.upload_bytes)
         question = Question.of(parameters)
-        files = await self._files(parameters)
-        return await self.answer(question, who, files)
+        files = await in_pool(self.pool, self.uploaded, parameters)
+        return await self.answer(request, question, who, files)
 
     async def answer(
         self,
+        request: Request,
         question: Question,
         who: Principal,
         files: Mapping[str, bytes] | None = None,
@@ -146,16 +181,20 @@ class Tap:
         UserError
             The query is wrong, or failed before anything was sent.
         """
-        cancel = threading.Event()
+        stop = Stop()
         pipe = Pipe(asyncio.get_running_loop())
 
         def work(pipe: Pipe) -> None:
-            with self.lanes.place(cancel.set) as pushed_out:
+            with self.lanes.place(stop) as pushed_out:
                 uploads = {name: read_table(content, name) for name, content in (files or {}).items()}
-                result = self.start(question, who, self.sync_limits, uploads, cancel)
+                result = self.start(question, who, self.sync_limits, uploads, stop.told)
                 if describe is not None:
                     result.columns = tuple(describe(column) for column in result.columns)
-                status = self._write(result, question, pipe.write)
+                stop.watch(result)
+                try:
+                    status = self._write(result, question, pipe.write)
+                finally:
+                    stop.watch(None)
             self.identity.audit(who, "query", question.adql, status.partition(":")[0])
             if status.startswith("ERROR") and not pipe.flushed:
                 if pushed_out.is_set():
@@ -165,25 +204,35 @@ class Tap:
                     )
                 raise QueryFailedError(status.partition(":")[2].strip())
 
-        await start_writing(self.pool, pipe, work)
+        await start_writing(self.pool, pipe, work, request, stop.later)
         headers = {"Cache-Control": "no-store"}
         if question.form.name not in ("votable", "votable-tabledata", "json"):
             headers["Content-Disposition"] = f'inline; filename="result.{question.form.extension}"'
-        return StreamingResponse(pipe.blocks(cancel.set), 200, headers, question.form.media_type)
+        return StreamingResponse(pipe.blocks(stop.later), 200, headers, question.form.media_type)
 
-    async def _files(self, parameters: Parameters) -> dict[str, bytes]:
-        """Content of every upload of a request."""
+    def uploaded(self, parameters: Parameters) -> dict[str, bytes]:
+        """Content of every table that comes with a request.
+
+        Raises
+        ------
+        UserError
+            One is not there, or cannot be fetched.
+        """
         out: dict[str, bytes] = {}
         lower = {name.lower(): item for name, item in parameters.files.items()}
         for name, where in parse_upload_parameter(parameters.values("UPLOAD")).items():
-            item = parameters.files.get(where) or lower.get(where.lower())
+            if not where.lower().startswith("param:"):
+                out[name] = fetch_table(where, self.upload_bytes, self.upload_hosts)
+                continue
+            wanted = where[len("param:") :]
+            item = parameters.files.get(wanted) or lower.get(wanted.lower())
             if item is not None:
-                out[name] = await item.read()
-            elif found := parameters.values(where):
+                out[name] = item.file.read()
+            elif found := parameters.values(wanted):
                 out[name] = found[-1].encode()
             else:
                 raise UsageError(
-                    f"UPLOAD: there is no file {where[:60]!r} in the request; send a form (multipart/form-data) "
+                    f"UPLOAD: there is no file {wanted[:60]!r} in the request; send a form (multipart/form-data) "
                     "with a part of that name"
                 )
         return out
@@ -220,13 +269,7 @@ class Tap:
             A parameter that could never work. A job without QUERY may get it later.
         """
         job_id = new_job_id()
-        named = parse_upload_parameter(parameters.values("UPLOAD"))
-        lower = {name.lower(): item for name, item in parameters.files.items()}
-        for name, where in named.items():
-            item = lower.get(where.lower())
-            if item is None and not parameters.values(where):
-                raise UsageError(f"UPLOAD: there is no file {where[:60]!r} in the request")
-            content = item.file.read() if item is not None else parameters.values(where)[-1].encode()
+        for name, content in self.uploaded(parameters).items():
             write_atomic(self._upload_path(job_id, name), content)
         return self.store.create(
             SERVICE, who, [pair for pair in parameters.pairs if pair[0].upper() not in ("PHASE", "ACTION")],
@@ -253,6 +296,7 @@ class Tap:
             uploads[name] = read_table(path.read_bytes(), name)
         limits = replace(self.job_limits, seconds=float(job.execution_s))
         result = self.start(question, job.principal, limits, uploads, context.cancelled)
+        context.on_cancel(result.cancel)
         target = context.folder / f"result.{question.form.extension}"
         status = ""
 

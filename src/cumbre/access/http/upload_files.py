@@ -28,7 +28,7 @@ _MAX_ELEMENTS = 200
 
 
 def parse_upload_parameter(values: list[str]) -> dict[str, str]:
-    """Name of each table → where it comes from, of UPLOAD parameters (``name,param:field``, ``;`` between).
+    """Name of each table → ``param:FIELD`` or URL, of UPLOAD parameters (``name,where``, ``;`` between).
 
     Raises
     ------
@@ -42,19 +42,18 @@ def parse_upload_parameter(values: list[str]) -> dict[str, str]:
         if name.lower().startswith("tap_upload."):
             name = name[len("tap_upload.") :]
         if not comma or not where:
-            raise UsageError(f"UPLOAD = {item[:80]!r}: expected NAME,param:FIELD")
+            raise UsageError(f"UPLOAD = {item[:80]!r}: expected NAME,param:FIELD or NAME,URL")
         if not TABLE_NAME.fullmatch(name):
             raise UsageError(
                 f"UPLOAD: table name {name[:80]!r}: expected a letter, then up to 63 letters, digits or _"
             )
         if name.lower() in (other.lower() for other in out):
             raise UsageError(f"UPLOAD: two tables are called {name}")
-        if not where.lower().startswith("param:"):
+        if not where.lower().startswith(("param:", "http://", "https://")):
             raise UsageError(
-                f"UPLOAD: {where[:80]!r}: this service takes tables sent inline only; send the file in the "
-                f"same request and write UPLOAD={name},param:FIELD"
+                f"UPLOAD: {where[:80]!r}: expected param:FIELD with the file in the same request, or an http URL"
             )
-        out[name] = where[len("param:") :]
+        out[name] = where
     return out
 
 

@@ -341,8 +341,8 @@ def job_xml(job: Job, base: str) -> str:
         out.append(f'<errorSummary type={xml_attribute(job.error["type"])} hasDetail="true">')
         out.append(f"<message>{xml_text(job.error['message'])}</message></errorSummary>")
     if job.info and job.phase not in (PENDING, QUEUED):
-        out.append('<jobInfo xmlns:c="urn:cumbre:job-info">')
+        out.append("<jobInfo>")
         for name, value in job.info.items():
-            out.append(f"<c:{name}>{xml_text(value)}</c:{name}>")
+            out.append(f'<{name} xmlns="">{xml_text(value)}</{name}>')
         out.append("</jobInfo>")
     return lines([*out, "</job>"])

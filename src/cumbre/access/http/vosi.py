@@ -31,7 +31,6 @@ LANGUAGE_FEATURES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("adql-common-table", ("WITH",)),
     ("adql-sets", ("UNION", "EXCEPT", "INTERSECT")),
     ("adql-type", ("CAST",)),
-    ("adql-conditional", ("COALESCE",)),
     ("adql-unit", ("IN_UNIT",)),
     ("adql-offset", ("OFFSET",)),
 )  # fmt: skip
@@ -98,11 +97,13 @@ def tap_capability(
     if OBSCORE in names:
         out.append('<dataModel ivo-id="ivo://ivoa.net/std/ObsCore#core-1.1">ObsCore-1.1</dataModel>')
     if OBSPLAN in names:
-        out.append('<dataModel ivo-id="ivo://ivoa.net/std/obsloctap#core-1.0">ObsLocTAP-1.0</dataModel>')
+        out.append('<dataModel ivo-id="ivo://ivoa.net/std/obsloctap#table-1.0">ObsLocTAP-1.0</dataModel>')
     out += ["<language>", "<name>ADQL</name>"]
     for version in ("2.1", "2.0"):
         out.append(f'<version ivo-id="ivo://ivoa.net/std/ADQL#v{version}">{version}</version>')
-    out.append("<description>ADQL 2.1 with all of its optional features, and CASE.</description>")
+    out.append(
+        "<description>ADQL 2.1 with all of its optional features (COALESCE too), and CASE.</description>"
+    )
     for feature, forms in LANGUAGE_FEATURES:
         out.append(f'<languageFeatures type="{_FEATURES}{feature}">')
         out += [f"<feature><form>{form}</form></feature>" for form in forms]
@@ -117,7 +118,10 @@ def tap_capability(
         out.append("</outputFormat>")
     keep = int(retention.total_seconds())
     out += [
-        '<uploadMethod ivo-id="ivo://ivoa.net/std/TAPRegExt#upload-inline"/>',
+        *(
+            f'<uploadMethod ivo-id="ivo://ivoa.net/std/TAPRegExt#upload-{way}"/>'
+            for way in ("inline", "http", "https")
+        ),
         f"<retentionPeriod><default>{keep}</default><hard>{keep * 4}</hard></retentionPeriod>",
         (
             f"<executionDuration><default>{int(job_limits.seconds)}</default>"
