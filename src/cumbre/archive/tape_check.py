@@ -130,13 +130,12 @@ def _verify_volume(
         report.findings.append(Finding(VOLUME, "", volume, str(error)))
     report.volumes += 1
     report.bytes += size
-    bad = 0
+    bad = sum(found.get(entry.offset) != entry.sha256 for entry in entries)
     for entry in entries:
         if index.entries.get(entry.key) != entry:
             continue  # known to be damaged, and written again elsewhere
         report.files += 1
         if found.get(entry.offset) != entry.sha256:
-            bad += 1
             message = f"{found.get(entry.offset, 'cut off')}, the index says {entry.sha256}"
             report.findings.append(Finding(DAMAGED, entry.key, entry.place, message, entry=entry))
     if closed is not None and whole and whole != closed.sha256 and not bad:
