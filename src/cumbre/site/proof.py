@@ -7,9 +7,8 @@ camera's array; and on the tape of each place that has one, readable. The ledger
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cumbre.archive.tape import read_entry, view_tape
+from cumbre.archive.tape_index import TapeEntry
 from cumbre.capture.daq import EXPOSURE_FILE, DaqImage, images
 from cumbre.capture.keys import RawKey
 from cumbre.core.configuration import Site
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 DAQ = "summit/daq"
 PLACES = ("base", "archive")
-INDEX_FILE = "index.jsonl"
 
 Piece = tuple[str, str]
 """obs_id and detector name."""
@@ -180,9 +180,7 @@ def prove(site: Site, db: Database | None = None) -> Proof:
         place: _files_by_piece(site.path(site.config.places[place].raw), proof, camera) for place in places
     }
     tapes = {
-        place: _TapeReader(site.path(tape))
-        for place in places
-        if (tape := site.config.places[place].tape) is not None
+        place: _TapeReader(site, place) for place in places if site.config.places[place].tape is not None
     }
 
     def check(piece: Piece) -> tuple[Piece, list[str], list[str], set[str], set[str], dict[str, str]]:
@@ -305,34 +303,19 @@ def _same_pixels(path: Path, truth: _Truth, piece: Piece) -> None:
 
 
 class _TapeReader:
-    """Reads the volumes of one place without ever writing: the tape writer may be at work."""
+    """The tape of one place, only read: its writer may be at work."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.pieces: dict[Piece, list[dict[str, Any]]] = defaultdict(list)
-        for entry in self._entries():
-            try:
-                key = RawKey.parse(str(entry["key"]))
-            except (BadFileError, KeyError):
-                continue
-            if key.is_detector:
+    def __init__(self, site: Site, place: str) -> None:
+        index, self._shelf = view_tape(site, place)
+        # A damaged copy that was written again stays on the volume; it is no second copy.
+        replaced = {entry.replaces for entry in (*index.entries.values(), *index.superseded)}
+        self.pieces: dict[Piece, list[TapeEntry]] = defaultdict(list)
+        for entry in (*index.entries.values(), *index.superseded):
+            key = RawKey.parse(entry.key)
+            if key.is_detector and entry.place not in replaced:
                 self.pieces[str(key.obs_id), key.part].append(entry)
 
-    def _entries(self) -> Iterator[dict[str, Any]]:
-        try:
-            lines: Iterable[bytes] = (self.folder / INDEX_FILE).read_bytes().splitlines(keepends=True)
-        except FileNotFoundError:
-            return
-        for line in lines:
-            if line.endswith(b"\n"):
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(entry, dict) and {"key", "volume", "offset", "size", "sha256"} <= entry.keys():
-                    yield entry
-
-    def read(self, entry: dict[str, Any]) -> str:
+    def read(self, entry: TapeEntry) -> str:
         """Read one member back; gives its checksum.
 
         Raises
@@ -340,17 +323,10 @@ class _TapeReader:
         BadFileError
             The volume is not there, or its bytes have another checksum than the index says.
         """
-        path = self.folder / str(entry["volume"])
         try:
-            with path.open("rb") as stream:
-                stream.seek(int(entry["offset"]))
-                content = stream.read(int(entry["size"]))
+            return sha256_of_bytes(read_entry(self._shelf, entry))
         except OSError as error:
-            raise BadFileError(f"{path}: {error}") from error
-        found = sha256_of_bytes(content)
-        if found != entry["sha256"]:
-            raise BadFileError(f"{path} at {entry['offset']}: {found}, the index says {entry['sha256']}")
-        return found
+            raise BadFileError(f"{entry.volume}: {error}") from error
 
 
 def _compare_books(db: Database, camera: _Camera, sums: dict[str, dict[Piece, str]]) -> list[str]:
