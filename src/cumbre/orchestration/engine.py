@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cumbre.core.errors import TransientError
+from cumbre.core.memory import ENVIRONMENT
 from cumbre.orchestration.models import LOST, JobResult
 from cumbre.orchestration.task import THREAD_VARIABLES, resolve, run_task
 
@@ -132,7 +133,7 @@ class DaskEngine:
         dask.config.set(
             {
                 "distributed.scheduler.allowed-failures": 0,
-                "distributed.nanny.pre-spawn-environ": dict.fromkeys(THREAD_VARIABLES, "1"),
+                "distributed.nanny.pre-spawn-environ": dict.fromkeys(THREAD_VARIABLES, "1") | ENVIRONMENT,
                 "distributed.worker.daemon": True,
                 "distributed.admin.system-monitor.gil.enabled": False,
             }

@@ -132,8 +132,9 @@ def significance(
         square = stamp**2
         total = float(square.sum())
         _cut_good(variance, bad, y0 - half, x0 - half, buffer)
+        across, up = (square.sum(axis=axis).astype(np.float32) for axis in (0, 1))
         noise = cv2.sepFilter2D(
-            buffer, cv2.CV_32F, square.sum(axis=0) / total, square.sum(axis=1), borderType=cv2.BORDER_CONSTANT
+            buffer, cv2.CV_32F, across / np.float32(total), up, borderType=cv2.BORDER_CONSTANT
         )[inner]
         full = total * float(np.median(variance[y0:y1:4, x0:x1:4]))
         _ratio(signal, noise, np.float32(max(0.3 * full, 1e-30)), out[y0:y1, x0:x1])

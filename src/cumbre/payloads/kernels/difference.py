@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+import scipy.fft
 from numba import njit
 from numpy.typing import NDArray
 
@@ -44,20 +45,17 @@ def decorrelation_kernel(
     variance_fixed, variance_convolved
         Typical white variances of the image left alone and of the one convolved (before convolution).
     """
-    size = 128
+    size = 64
     while size < 2 * max(kernel.shape[0], 2 * half + 1):
         size *= 2
-    canvas = np.zeros((size, size))
-    n = kernel.shape[0]
-    canvas[:n, :n] = kernel
-    canvas = np.roll(canvas, (-(n // 2), -(n // 2)), axis=(0, 1))
-    power = np.abs(np.fft.rfft2(canvas)) ** 2
+    # The power spectrum does not know where the kernel lies on the canvas.
+    power = np.abs(scipy.fft.rfft2(kernel, s=(size, size))) ** 2
     white = variance_fixed + power[0, 0] * variance_convolved
     response = np.sqrt(white / np.maximum(variance_fixed + power * variance_convolved, 1e-6 * white))
-    phi = np.fft.fftshift(np.fft.irfft2(response, s=(size, size)))
-    centre = size // 2
-    cut = phi[centre - half : centre + half + 1, centre - half : centre + half + 1].copy()
-    return np.asarray(cut / cut.sum())
+    phi = scipy.fft.irfft2(response, s=(size, size))
+    around = np.arange(-half, half + 1)
+    found = phi[np.ix_(around, around)]
+    return np.asarray(found / found.sum())
 
 
 @dataclass(slots=True)
@@ -117,7 +115,7 @@ def subtract(
     image = _subtract_tiles(fixed, convolved, solution, phi if decorrelate else None, factor)
     # Photon noise of stars is smeared as the stars are; its level is that after decorrelation. Sums along the
     # axes describe the squared kernel well enough for a variance.
-    square = middle**2 / (middle**2).sum()
+    square = (middle**2 / (middle**2).sum()).astype(np.float32)
     variance = cv2.sepFilter2D(
         convolved_variance, cv2.CV_32F, square.sum(axis=0)[::-1].copy(), square.sum(axis=1)[::-1].copy(),
         borderType=cv2.BORDER_REPLICATE,

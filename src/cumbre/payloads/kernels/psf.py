@@ -6,6 +6,7 @@ differ from the model (galaxies, blends, cosmic rays) are left out and the fit r
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -133,8 +134,9 @@ class PsfModel:
         return {1: 0, 3: 1, 6: 2}[self.coefficients.shape[0]]
 
     def _uv(self, x: float, y: float) -> tuple[float, float]:
-        u, v = normalised(x, y, self.shape)
-        return float(np.clip(u, -1.1, 1.1)), float(np.clip(v, -1.1, 1.1))
+        ny, nx = self.shape
+        u, v = 2 * x / max(nx - 1, 1) - 1, 2 * y / max(ny - 1, 1) - 1
+        return min(max(u, -1.1), 1.1), min(max(v, -1.1), 1.1)
 
     def stamp(self, x: float, y: float) -> FloatImage:
         """PSF of a star at (x, y): float32 (n, n), sum one.
@@ -143,7 +145,7 @@ class PsfModel:
         fraction, as it does in the image.
         """
         u, v = self._uv(x, y)
-        dx, dy = float(x - np.floor(x + 0.5)), float(y - np.floor(y + 0.5))
+        dx, dy = float(x - math.floor(x + 0.5)), float(y - math.floor(y + 0.5))
         stamp: FloatImage = psf_stamp(self.coefficients, u, v, dx, dy, _TABLE)
         return stamp
 
@@ -305,6 +307,7 @@ def windowed_centroid(image, x, y, sigma, rounds):  # type: ignore[no-untyped-de
     """Centroids with a Gaussian window, iterated (as SExtractor's XWIN); unchanged where they diverge."""
     out_x, out_y = x.copy(), y.copy()
     radius = int(np.ceil(4 * sigma))
+    wx, wy = np.empty(2 * radius + 1), np.empty(2 * radius + 1)
     for k in range(x.size):
         cx, cy = x[k], y[k]
         fine = True
@@ -314,13 +317,18 @@ def windowed_centroid(image, x, y, sigma, rounds):  # type: ignore[no-untyped-de
                 fine = False
                 break
             total, sx, sy = 0.0, 0.0, 0.0
-            for j in range(iy - radius, iy + radius + 1):
-                for i in range(ix - radius, ix + radius + 1):
-                    dx, dy = i - cx, j - cy
-                    w = np.exp(-(dx * dx + dy * dy) / (2 * sigma * sigma)) * image[j, i]
-                    total += w
-                    sx += w * dx
-                    sy += w * dy
+            for i in range(2 * radius + 1):
+                dx, dy = ix + i - radius - cx, iy + i - radius - cy
+                wx[i], wy[i] = np.exp(-dx * dx / (2 * sigma * sigma)), np.exp(-dy * dy / (2 * sigma * sigma))
+            for j in range(2 * radius + 1):
+                row, row_x = 0.0, 0.0
+                for i in range(2 * radius + 1):
+                    w = wx[i] * image[iy + j - radius, ix + i - radius]
+                    row += w
+                    row_x += w * (ix + i - radius - cx)
+                total += wy[j] * row
+                sx += wy[j] * row_x
+                sy += wy[j] * row * (iy + j - radius - cy)
             if total <= 0:
                 fine = False
                 break
