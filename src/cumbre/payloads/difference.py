@@ -44,6 +44,8 @@ class DifferenceConfig:
         Reliability from which a source counts as real in summaries.
     max_sources
         Peaks measured at most, most significant first.
+    classifier
+        ``network`` (the shipped model) or ``logistic``.
     """
 
     threshold: float = 5.0
@@ -52,6 +54,7 @@ class DifferenceConfig:
     decorrelate: bool = True
     reliable: float = 0.5
     max_sources: int = 5000
+    classifier: str = "logistic"
 
 
 @dataclass(frozen=True, slots=True)

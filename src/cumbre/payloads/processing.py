@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cumbre.payloads import realbogus
 from cumbre.payloads.difference import UNUSABLE, Difference, DifferenceConfig, difference
 from cumbre.payloads.exposure import Exposure, MaskPlane
 from cumbre.payloads.kernels import classify
@@ -69,8 +70,11 @@ class DifferenceResult:
     metrics
         Kernel sum, condition, residual; noise; PSF widths; counts.
     features
-        (n_sources, n_features) what the reliability was computed from, and in the last column 1 where a hard rule
-        rejects.
+        (n_sources, n_features) features of the logistic model, and in the last column 1 where a hard rule rejects.
+    inputs
+        (n_sources, realbogus.N_INPUTS) inputs of the network.
+    reliability_version
+        Of the model that gave ``reliability``.
     """
 
     exposure: Exposure
@@ -79,6 +83,8 @@ class DifferenceResult:
     difference: Difference
     metrics: dict[str, float]
     features: NDArray[np.float64]
+    inputs: NDArray[np.float32]
+    reliability_version: str
 
     def stamps(self, x: float, y: float, half: int = 15) -> dict[str, NDArray[np.float32]]:
         """``difference``, ``science``, ``template`` cutouts of (2·half + 1)², NaN outside the image."""
@@ -149,6 +155,20 @@ def process_pair(
     measurer = _Measurer(made, snr, bad, scale, fwhm)
     del bad
     sources = measurer.table(x, y)
+    features = np.array([measurer.features[i] for i in sources["id"]]).reshape(
+        len(sources), len(classify.WEIGHTS) + 1
+    )
+    sources["id"] = np.arange(1, len(sources) + 1)
+    described = realbogus.describe(made, sources, features, scale)
+    # A star that varied is no dipole, even where its light was subtracted a little off its place.
+    sources["isDipole"] &= ~realbogus.is_change_of_flux(described.change, made.match_error)
+    features[:, -1] = np.maximum(features[:, -1], sources["isDipole"])
+    version = classify.VERSION
+    if config.classifier == "network":
+        model = realbogus.load_model()
+        version = model.version
+        sources["reliability"] = model.scores(described.inputs)
+    sources["reliability"][features[:, -1] > 0] = 0.0
     metrics = dict(made.metrics)
     metrics |= {
         "snr_scale": scale,
@@ -163,11 +183,7 @@ def process_pair(
         "noise_slope_negative": measurer.tails[1][1],
         "streak_fraction": 0.0 if streak is None else float(streak.mean()),
     }
-    features = np.array([measurer.features[i] for i in sources["id"]]).reshape(
-        len(sources), len(classify.WEIGHTS) + 1
-    )
-    sources["id"] = np.arange(1, len(sources) + 1)
-    return DifferenceResult(exposure, sources, snr, made, metrics, features)
+    return DifferenceResult(exposure, sources, snr, made, metrics, features, described.inputs, version)
 
 
 def _independent(
@@ -292,7 +308,7 @@ class _Measurer:
         partner = source.partner * abs(peak_snr)
         row["isDipole"] = partner >= 4.5 and source.partner >= 0.25
         reject = MaskPlane.CR | MaskPlane.SAT | MaskPlane.SAT_TEMPLATE | MaskPlane.BAD
-        rejected = bool(source.mask_bits_centre & int(reject)) or bool(row["isDipole"])
+        rejected = bool(source.mask_bits_centre & int(reject))
         # Within three pixels of the edge half of a PSF is missing: a hit there looks like anything.
         ny, nx = self._snr.shape
         rejected |= bool(min(px, py, nx - 1 - px, ny - 1 - py) < EDGE_PX)

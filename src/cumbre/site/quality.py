@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from cumbre.payloads.alert_production import DetectorResult
+    from cumbre.payloads.processing import DifferenceResult
     from cumbre.site.quality_images import Case, Debris
 
 MATCH_ARCSEC = 1.5
@@ -120,7 +121,7 @@ def run_case(case: Case, *, keep_stamps: bool = False, reliable: float = 0.5) ->
     )  # fmt: skip
     seconds = time.process_time() - begun
     truth, sources = with_systematic(case.truth), made.result.sources
-    label, what = labels(truth, sources, debris(case), made)
+    label, what = labels(truth, sources, debris(case), made.result)
     stamps = None
     if keep_stamps:
         stamps = np.array(
@@ -151,7 +152,7 @@ def _wcs_error_mas(case: Case, made: DetectorResult) -> float:
 
 
 def labels(
-    truth: dict[str, NDArray[Any]], sources: NDArray[Any], junk: Debris, made: DetectorResult
+    truth: dict[str, NDArray[Any]], sources: NDArray[Any], junk: Debris, made: DifferenceResult
 ) -> tuple[NDArray[np.int8], NDArray[Any]]:
     """REAL, FALSE or UNSURE, and what it is, for every source."""
     near, index = nearest(sources["ra"], sources["dec"], truth["ra"], truth["dec"])
@@ -163,7 +164,7 @@ def labels(
         label[(near < MATCH_ARCSEC) & is_change & ~truth["usable"][index]] = UNSURE
         label[(near >= MATCH_ARCSEC) & (near < 2 * MATCH_ARCSEC) & is_change] = UNSURE
     what = np.full(len(sources), "other", dtype=object)
-    fwhm = made.result.metrics["science_fwhm_px"]
+    fwhm = made.metrics["science_fwhm_px"]
     radius = max(2, round(fwhm))
     for k, source in enumerate(sources):
         if label[k] != FALSE:

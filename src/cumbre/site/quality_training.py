@@ -1,0 +1,175 @@
+"""Examples for the reliability network: simulated detector images and real ones, both with planted sources.
+
+Simulated images give every class (their truth knows cosmic rays, trails, residuals), planted transients and variables
+give numbers. Real pairs give what a simulator's PSF has not: there only what was planted counts as real, and what was
+found elsewhere counts as false, with a lower weight, for some of it may be real.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cumbre.payloads import injection
+from cumbre.payloads.difference import DifferenceConfig
+from cumbre.payloads.training import Examples, joined
+from cumbre.site import quality
+from cumbre.site.quality_images import Case, debris, make_cases
+
+if TYPE_CHECKING:
+    from cumbre.payloads.exposure import Exposure
+    from cumbre.payloads.processing import DifferenceResult
+
+PLANTED = injection.InjectionConfig(transients=40, variables=30, snr=(4.5, 150.0))
+REAL_FALSE_WEIGHT = 0.3
+FAINTEST = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Images of one seed, or one real pair (``science``, ``template``)."""
+
+    folder: str
+    seed: int
+    size: str = "1k"
+    rich: bool = True
+    detectors: int = 4
+    visits: int = 5
+    science: str = ""
+    template: str = ""
+
+
+def examples_of(job: Job) -> Examples:
+    """Examples of one job (in a worker process)."""
+    import cv2
+
+    cv2.setNumThreads(1)
+    if job.science:
+        return _real_pair(Path(job.science), Path(job.template), job.seed)
+    cases = make_cases(
+        Path(job.folder), job.seed, detectors=job.detectors, visits=job.visits, size=job.size, rich=job.rich
+    )
+    return joined([_simulated(case) for case in cases])
+
+
+def collect(jobs: list[Job], *, workers: int = 2) -> Examples:
+    """Examples of all jobs, in their order."""
+    if workers <= 1 or len(jobs) == 1:
+        return joined([examples_of(job) for job in jobs])
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        return joined(list(pool.map(examples_of, jobs)))
+
+
+def _simulated(case: Case) -> Examples:
+    from cumbre.payloads.alert_production import warp_template
+    from cumbre.payloads.calibrate import calibrate
+    from cumbre.payloads.isr import assemble_and_correct
+    from cumbre.payloads.processing import process_pair
+
+    exposure = calibrate(
+        assemble_and_correct(case.raw, case.calibrations), case.reference, instrument=case.instrument
+    )
+    rng = injection.seed_of("training", case.name)
+    fakes = injection.plan(exposure, rng, PLANTED)
+    # Nothing is planted on what changes anyway: the label would be of both.
+    truth = quality.with_systematic(case.truth)
+    fakes = fakes[_distance(fakes, truth["x"], truth["y"]) > 10] if len(truth["x"]) else fakes
+    planted = injection.plant(exposure, fakes, rng)
+    result = process_pair(
+        planted, warp_template(case.template, planted), DifferenceConfig(classifier="logistic")
+    )
+    label, what = quality.labels(truth, result.sources, debris(case), result)
+    near, index = quality.nearest(result.sources["ra"], result.sources["dec"], truth["ra"], truth["dec"])
+    if len(truth["ra"]):
+        weak = (
+            (label == quality.REAL) & (near < quality.MATCH_ARCSEC) & (truth["snr_total"][index] < FAINTEST)
+        )
+        label[weak] = quality.UNSURE
+    _label_planted(result, planted, fakes, label, what)
+    return _examples(result, label, what)
+
+
+def _distance(rows: NDArray[Any], x: Any, y: Any) -> NDArray[np.float64]:
+    apart = np.hypot(rows["x"][:, None] - np.asarray(x)[None], rows["y"][:, None] - np.asarray(y)[None])
+    return np.asarray(apart.min(axis=1))
+
+
+def _label_planted(
+    result: DifferenceResult,
+    planted: Exposure,
+    fakes: NDArray[Any],
+    label: NDArray[np.int8],
+    what: NDArray[Any],
+) -> None:
+    """Sources at planted places are real; those nearby, or at changes lost in the star's own error, are unsure."""
+    sources, fwhm = result.sources, planted.psf.fwhm_px
+    for fake in fakes:
+        apart = np.hypot(sources["x"] - fake["x"], sources["y"] - fake["y"])
+        here = (apart < max(0.6 * fwhm, 1.2)) & (sources["isNegative"] == (fake["flux"] < 0))
+        label[apart < 2.5 * fwhm] = quality.UNSURE
+        star = 0.0
+        if fake["is_variable"]:
+            listed = planted.metadata["stars"]
+            star = float(
+                listed["flux"][np.argmin(np.hypot(listed["x"] - fake["x"], listed["y"] - fake["y"]))]
+            )
+        noise = abs(float(fake["flux"])) / max(float(fake["snr"]), 1e-9)
+        total = abs(float(fake["flux"])) / float(np.hypot(noise, quality.SYSTEMATIC * star))
+        if total > FAINTEST:
+            label[here] = quality.REAL
+            what[here] = "planted variable" if fake["is_variable"] else "planted transient"
+
+
+def _examples(
+    result: DifferenceResult, label: NDArray[np.int8], what: NDArray[Any], weight: float = 1.0
+) -> Examples:
+    # What a hard rule rejects needs no network.
+    use = (label != quality.UNSURE) & (result.features[:, -1] == 0)
+    real = label[use] == quality.REAL
+    return Examples(
+        result.inputs[use],
+        real,
+        what[use],
+        result.sources["snr"][use].astype(float),
+        np.where(real, 1.0, weight),
+    )
+
+
+def _real_pair(science_path: Path, template_path: Path, seed: int) -> Examples:
+    """A real pair of images with planted sources."""
+    from cumbre.payloads.difference import find_stars, measure_psf
+    from cumbre.payloads.image_input import load_exposure
+    from cumbre.payloads.image_stack import align_to
+    from cumbre.payloads.processing import process_pair
+
+    science, reference = load_exposure(science_path), load_exposure(template_path)
+    template = align_to(science, reference, name=template_path.name)
+    stars = find_stars(science)
+    science.psf = measure_psf(science, stars)
+    science.metadata["stars"] = _star_table(stars)
+    rng = injection.seed_of("training", science_path.name, template_path.name, seed)
+    fakes = injection.plan(science, rng, PLANTED)
+    planted = injection.plant(science, fakes, rng)
+    planted.psf = None
+    planted.metadata.pop("stars")
+    result = process_pair(planted, template, DifferenceConfig(classifier="logistic"))
+    label = np.full(len(result.sources), quality.FALSE, np.int8)
+    what = np.full(len(result.sources), "real image", dtype=object)
+    science.psf = result.difference.science_psf
+    planted.psf, planted.metadata["stars"] = science.psf, science.metadata["stars"]
+    _label_planted(result, planted, fakes, label, what)
+    return _examples(result, label, what, REAL_FALSE_WEIGHT)
+
+
+def _star_table(stars: Any) -> NDArray[np.void]:
+    from cumbre.payloads.calibrate import STAR_TYPE
+
+    table = np.zeros(len(stars), STAR_TYPE)
+    table["x"], table["y"], table["flux"], table["snr"] = stars.x, stars.y, stars.flux, stars.snr
+    return table
