@@ -35,11 +35,11 @@ def test_garbage_of_a_sensor_is_archived_as_it_came(running):
     assert (pixels == np.load(running.site.path(f"summit/daq/{obs_id}/R01_S00.npy"))).all()
 
 
-@pytest.mark.parametrize("step_s", [-250.0, 250.0])
+@pytest.mark.parametrize("step_s", [-100.0, 100.0])
 @pytest.mark.parametrize("name", ["writer-1", "camera", "base-1"])
 def test_a_clock_that_steps(running, name, step_s):
     """One process lives minutes before or after the others."""
     before = running.take(1)
     with running.fault("clock_step", name, step_s=step_s):
-        running.until(lambda: running.take(1) and True)
+        before += running.take(1)
     running.nothing_is_lost(before + running.take(1))
