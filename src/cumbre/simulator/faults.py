@@ -36,7 +36,7 @@ STORES = (
     "archive/tape",
 )  # fmt: skip
 """Stores that get a disk of their own."""
-CACHES = ("summit/buffer", "base/buffer", "base/raw", "archive/raw")
+CACHES = ("summit/raw", "summit/buffer", "base/buffer", "base/raw", "archive/raw")
 """Where bytes rot."""
 
 
