@@ -26,6 +26,7 @@ from cumbre.archive.server import ImageServer
 from cumbre.capture.hops import Piece, detector_ids, hop_fields, piece_of, publish_hop, publish_hops
 from cumbre.capture.keys import RawKey
 from cumbre.core.errors import ConfigurationError, CumbreError
+from cumbre.core.instrument import load_instrument
 from cumbre.stores.files import PREFIX, sha256_of
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ class Distributor:
             )
         self._raw = site.path(settings.raw)
         self._ids = detector_ids(site.config)
+        described = [load_instrument(name) for name in site.config.instruments]
+        self._instruments = {instrument.name: instrument for instrument in described}
         self._journal = Journal(site.path(f"{place}/received"))
         self._arrivals: queue.SimpleQueue[tuple[Parcel, Path] | None] = queue.SimpleQueue()
         self._scan_every_s, self._next_scan = scan_every_s, 0.0
@@ -125,6 +128,9 @@ class Distributor:
             key = RawKey.parse(parcel.key)
             if not key.is_detector:
                 continue
+            if (key.instrument, key.part) not in self._ids and key.instrument in self._instruments:
+                hops += self._split(parcel, key, path)
+                continue
             try:
                 hops.append(self._hop(parcel, f"at_{self._place}", path))
             except CumbreError as error:
@@ -133,6 +139,37 @@ class Distributor:
         for text in keys:
             self._journal.note(text, ANNOUNCED)
         return len(keys)
+
+    def _split(self, parcel: Parcel, key: RawKey, path: Path) -> list[dict[str, Any]]:
+        """Make files of single detectors of one that has several; they arrive here like those of a link."""
+        from cumbre.archive.split import split
+
+        instrument = self._instruments[key.instrument]
+        try:
+            with self._receiver.intake.workplace() as folder:
+                for detector, made in split(
+                    path, instrument, Path(folder), f"{key.obs_id}_{{detector}}.fits"
+                ):
+                    own = f"{Path(parcel.key).parent}/{key.obs_id}_{detector.name}.fits"
+                    answer = self._receiver.intake.store(
+                        Parcel(own, made.size, made.sha256, parcel.group_id, parcel.mode), made.path
+                    )
+                    log.info("%s of %s: %s", detector.name, parcel.key, answer["answer"])
+        except CumbreError as error:
+            log.error("%s: %s", parcel.key, error)
+            piece = Piece(str(key.obs_id), key.instrument, parcel.group_id)
+            return [
+                hop_fields(
+                    self._clock,
+                    piece,
+                    "quarantined",
+                    place=self._place,
+                    outcome=error.outcome,
+                    path=path,
+                    message=str(error),
+                )
+            ]
+        return []
 
     def _hop(self, parcel: Parcel, hop: str, path: Path | str, **details: Any) -> dict[str, Any]:
         key = RawKey.parse(parcel.key)

@@ -13,6 +13,8 @@ import fcntl
 import hashlib
 import logging
 import os
+import shutil
+import tempfile
 import time
 import uuid
 import zlib
@@ -73,9 +75,17 @@ class Intake:
         self.resumed_bytes = 0
         self.tidy()
 
+    def workplace(self) -> tempfile.TemporaryDirectory[str]:
+        """A folder on the cache's file system for files that are made here, removed with all that is in it."""
+        return tempfile.TemporaryDirectory(dir=self._incoming)
+
     def tidy(self) -> None:
         """Throw away what no transfer can go on with."""
         for path in self._incoming.iterdir():
+            if path.is_dir():
+                if time.time() - path.stat().st_mtime > KEEP_PARTS_S:
+                    shutil.rmtree(path, ignore_errors=True)
+                continue
             with contextlib.suppress(OSError), path.open("rb") as stream:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 facts = os.fstat(stream.fileno())
@@ -118,7 +128,7 @@ class Intake:
             try:
                 if found != parcel.sha256:
                     return {"answer": "corrupt", "sha256": found}
-                return self._store(parcel, path)
+                return self.store(parcel, path)
             finally:
                 path.unlink(missing_ok=True)
 
@@ -211,8 +221,8 @@ class Intake:
 
     # into the cache
 
-    def _store(self, parcel: Parcel, temporary: Path) -> dict[str, Any]:
-        """Give a verified file its name, unless the name is taken."""
+    def store(self, parcel: Parcel, temporary: Path) -> dict[str, Any]:
+        """Give a verified file its name, unless the name is taken; gives the answer for its sender."""
         path = self._root / parcel.key
         path.parent.mkdir(parents=True, exist_ok=True)
         if self._take_name(temporary, path):

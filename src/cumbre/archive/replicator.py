@@ -266,12 +266,7 @@ class Relay:
         """Catch up: files of the source that were neither sent nor buffered, whatever became of their events."""
         for key in raw_files(self._raw):
             text = str(key)
-            if (
-                not self._is_mine(key)
-                or text in self.buffer
-                or self._journal.has(text, SENT)
-                or self._journal.has(text, LOST)
-            ):
+            if text in self.buffer or self._journal.has(text, SENT) or self._journal.has(text, LOST):
                 continue
             path = self._raw / text
             if not is_settled(path) or not (self._is_mine(key) or self._is_orphan(key, path)):
@@ -279,7 +274,7 @@ class Relay:
             try:
                 group_id = group_of(path)
                 piece = Piece(str(key.obs_id), key.instrument, group_id)
-                if key.is_detector:
+                if (key.instrument, key.part) in self._ids:
                     known = piece_of(key.instrument, key.obs_id, key.part, self._ids)
                     piece = replace(piece, detector=known.detector, detector_name=known.detector_name)
                 parcel = Parcel(text, path.stat().st_size, sha256_of(path), group_id)
