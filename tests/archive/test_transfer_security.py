@@ -415,3 +415,25 @@ def test_own_names_in_certificates_of_an_observatory(
     with running(made):
         attempt(Security.of(site, "summit"), made.address, tmp_path)
     assert (site.path("base/raw") / key_of(1)).read_bytes() == CONTENT
+
+
+def test_certificates_on_the_command_line(site: Site) -> None:
+    from click.testing import CliRunner
+
+    from cumbre.cli.certificates import certificates
+    from cumbre.cli.doctor import _certificates
+
+    assert _certificates(site.root)[0]
+    issue(site.path("certificates"), "base", days=20)
+    good, words = _certificates(site.root)
+    assert not good
+    assert "base.crt ends in 19 days; renew" in words
+    run = CliRunner().invoke(certificates, ["--site", str(site.root), "--renew", "--place", "base", "--json"])
+    assert run.exit_code == 0, run.output
+    days = {Path(row["file"]).name: row["days"] for row in json.loads(run.output)}
+    assert days["base.crt"] > 800
+    assert _certificates(site.root)[0]
+    with pytest.raises(ConfigurationError, match="expected some of summit"):
+        CliRunner().invoke(
+            certificates, ["--site", str(site.root), "--renew", "--place", "x"], catch_exceptions=False
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib
 import shutil
 import sys
@@ -20,6 +21,7 @@ MODULES = ("numpy", "numba", "cv2", "sep", "fitsio", "astropy", "pyarrow", "psyc
 MIN_FREE_GB = 5.0
 MIN_MEMORY_GB = 4.0
 MIN_FILES = 1024
+MIN_CERTIFICATE_DAYS = 30
 
 
 @click.command()
@@ -68,6 +70,7 @@ def _checks(folder: Path | None) -> Iterator[tuple[str, Callable[[], tuple[bool,
         yield "site file", lambda: (True, f"{Site.load(folder).config.profile} profile is valid")
         yield "services", lambda: _services(folder)
         yield "ledger", lambda: _ledger(folder)
+        yield "certificates", lambda: _certificates(folder)
         yield "software", lambda: _software(folder)
 
 
@@ -167,4 +170,17 @@ def _software(folder: Path) -> tuple[bool, str]:
     return (
         False,
         f"{here} is not accepted here; when it is what it should be: cumbre doctor --accept-software",
+    )
+
+
+def _certificates(folder: Path) -> tuple[bool, str]:
+    from cumbre.archive.certificates import expiries
+
+    ends = expiries(Site.load(folder))
+    if not ends:
+        return True, "none: links are not encrypted (tls: in site.yaml)"
+    path, end = min(ends.items(), key=lambda item: item[1])
+    days = (end - datetime.datetime.now(datetime.UTC)).days
+    return days >= MIN_CERTIFICATE_DAYS, f"{path} ends in {days} days" + (
+        "" if days >= MIN_CERTIFICATE_DAYS else "; renew with: cumbre certificates --renew"
     )

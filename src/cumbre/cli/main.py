@@ -37,6 +37,11 @@ VERBS = {
     "query": ("cumbre.cli.query", "query", "Ask the ledger or the tables."),
     "release": ("cumbre.cli.release", "release", "Load, verify, open and close release catalogues."),
     "instrument": ("cumbre.cli.instrument", "instrument", "List, show and check instrument descriptions."),
+    "certificates": (
+        "cumbre.cli.certificates",
+        "certificates",
+        "Show and renew the certificates of the links.",
+    ),
     "token": ("cumbre.cli.token", "token", "Make API tokens and put users into groups."),
     "command": ("cumbre.cli.command", "command", "Command an entity of the control system."),
     "doctor": ("cumbre.cli.doctor", "doctor", "Check this machine and a site, and say what to do."),
