@@ -149,7 +149,7 @@ def _site() -> Iterator[Running]:
         wait_ready(site)
         yield Running(site)
     finally:
-        stop_site(site)
+        stop_site(site, wait_s=120.0)
         drop_disks(folder)
         shutil.rmtree(folder.parent, ignore_errors=True)
 

@@ -61,7 +61,7 @@ def chaos(minutes: float, seed: int, folder: Path | None, plan: bool, as_json: b
         outcome = run.run()
     finally:
         if made:
-            stop_site(site)
+            stop_site(site, wait_s=runs.STOP_S)
             runs.release_disks(root)
     for line in outcome.proof.problems():
         say(f"▲ {line}")

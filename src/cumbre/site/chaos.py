@@ -59,6 +59,7 @@ TAKEN_GRACE_S = 60.0
 """Real seconds that the last exposures get to end after the order to stop."""
 CATCH_UP_S = 240.0
 """Real seconds to catch up after the last fault, at least; a sixth of the run when that is longer."""
+STOP_S = 120.0
 STUCK_S = 100.0
 """Real seconds after which problems of the proof that do not change are final."""
 POLL_S = 1.0
@@ -466,7 +467,7 @@ class Chaos:
             self._watcher.end()
             keeper.end()
             if not was_up:
-                stop_site(self.site)
+                stop_site(self.site, wait_s=STOP_S)
         return Outcome(
             proof, self.faults, self.skipped, self._watcher.worst_s, caught_up, time.monotonic() - begun,
             self._watcher.restarts, self.seed, str(journal.path),
