@@ -105,7 +105,7 @@ class Entity(Component):
         """Turn trigger events into jobs; gives how many."""
         if self._trigger is None:
             return 0
-        messages = self._trigger.poll(0.0)
+        messages = self._trigger.poll(0.0, limit=20)
         jobs: list[Job] = []
         for message in messages:
             if message.snd_tai < self.enabled_tai:

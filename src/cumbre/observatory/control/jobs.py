@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,6 +86,7 @@ class JobTable:
         self._jobs: dict[str, Job] = {}
         self._counts: Counter[str] = Counter()
         self._by_image: dict[tuple[str, str], Job] = {}
+        self._by_visit: dict[str, dict[str, Job]] = {}
 
     def __iter__(self) -> Any:
         return iter(list(self._jobs.values()))
@@ -98,6 +99,10 @@ class JobTable:
         """Give the replicate job that waits for a detector's image."""
         return self._by_image.get((obs_id, detector))
 
+    def of_visit(self, group_id: str) -> Mapping[str, Job]:
+        """Process jobs of an announced visit by the names of their detectors."""
+        return self._by_visit.get(group_id, {})
+
     def count(self, entity: str) -> int:
         """Jobs of an entity that have not ended."""
         return self._counts[entity]
@@ -108,7 +113,7 @@ class JobTable:
 
     def recover(self) -> None:
         """Read the jobs in flight, and which of their detectors are there already."""
-        self._jobs, self._counts, self._by_image = {}, Counter(), {}
+        self._jobs, self._counts, self._by_image, self._by_visit = {}, Counter(), {}, {}
         with self._transaction() as link:
             rows = link.execute(
                 f"SELECT {', '.join(_COLUMNS)} FROM control.job WHERE ended_tai IS NULL".encode()  # noqa: S608
@@ -139,6 +144,8 @@ class JobTable:
         if job.kind == REPLICATE:
             for detector in job.detectors:
                 self._by_image[job.obs_id, detector] = job
+        else:
+            self._by_visit.setdefault(job.group_id, {}).update(dict.fromkeys(job.detectors, job))
 
     def submit(self, jobs: Iterable[Job]) -> int:
         """Store and order jobs; those that were ordered before are not ordered again. Gives how many are new."""
@@ -214,9 +221,16 @@ class JobTable:
         for end in ends:
             if self._jobs.pop(end.job.job_id, None) is not None:
                 self._counts[end.job.entity] -= 1
-            for detector in end.job.detectors:
-                self._by_image.pop((end.job.obs_id, detector), None)
+            self._forget(end.job)
         return len(ends)
+
+    def _forget(self, job: Job) -> None:
+        visit = self._by_visit.get(job.group_id, {}) if job.kind == PROCESS else {}
+        for detector in job.detectors:
+            self._by_image.pop((job.obs_id, detector), None)
+            visit.pop(detector, None)
+        if job.kind == PROCESS and not visit:
+            self._by_visit.pop(job.group_id, None)
 
     def reassign(self, moves: Iterable[tuple[Job, int | None]], deadline_tai: float) -> int:
         """Give jobs to other pairs: one more attempt each, stored and ordered."""

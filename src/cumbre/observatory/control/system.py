@@ -47,6 +47,8 @@ WATCH_S = 0.25
 TEND_S = 0.5
 RETRY_S = 5.0
 PAIRS_S = 10.0
+RESULTS = 1000
+"""Results taken in at a time: so few that the lease is renewed in time."""
 PAIR_TOPICS = ("Replicator.registration", "Replicator.heartbeat", "EfdReplicator.replica",
                "AlertProductionCluster.pool")  # fmt: skip
 OWN_COMMANDS = ("Control.lockOut", "Control.allow")
@@ -282,8 +284,6 @@ class ControlSystem:
     def _act(self, timeout_s: float) -> int:
         end = time.monotonic() + timeout_s
         while True:
-            if not self.lease.is_sure or self.lease.is_due:
-                self.lease.renew()
             done = self._turn()
             left = end - time.monotonic()
             if done or left <= 0:
@@ -292,8 +292,14 @@ class ControlSystem:
             if done:
                 return done
 
+    def _keep(self) -> None:
+        """Hold the lease: called between all parts of a turn, none of which may take long."""
+        if not self.lease.is_sure or self.lease.is_due:
+            self.lease.renew()
+
     def _turn(self) -> int:
         now = time.monotonic()
+        self._keep()
         done = self._commands(0.0)
         if self._faults() and now >= self._next["test"]:
             self._test()
@@ -304,9 +310,12 @@ class ControlSystem:
             return done
         done += self._listen()
         for entity in self.entities.values():
+            self._keep()
             done += entity.work()
+        self._keep()
         done += self._results()
         for entity in self.entities.values():
+            self._keep()
             done += entity.advance()
         if now >= self._next["tend"] and self._tracker is not None:
             self._next["tend"] = now + TEND_S
@@ -378,7 +387,7 @@ class ControlSystem:
 
     def _results(self) -> int:
         subscription = self._subscriptions["results"]
-        messages = subscription.poll(0.0, limit=2000)
+        messages = subscription.poll(0.0, limit=RESULTS)
         if not messages or self._tracker is None:
             return 0
         self._tracker.take_in(messages)

@@ -7,11 +7,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from cumbre.bus import Message
-from cumbre.core.errors import CumbreError
 from cumbre.core.time import Clock
 from cumbre.observatory.control.allocation import JOBS_PER_PAIR
 from cumbre.observatory.control.entities import AlertProductionCluster, Archiver
-from cumbre.observatory.control.jobs import PROCESS, REPLICATE, End, Job, JobTable
+from cumbre.observatory.control.jobs import REPLICATE, End, Job, JobTable
 from cumbre.observatory.control.pairs import FULL, LOCAL, PairTable
 
 log = logging.getLogger(__name__)
@@ -38,6 +37,7 @@ class Tracker:
     ) -> None:  # fmt: skip
         self._jobs, self._pairs, self._clock = jobs, pairs, clock
         self._archiver, self._cluster = archiver, cluster
+        self._names: dict[str, dict[int, str]] = {}
 
     def take_in(self, messages: Iterable[Message]) -> int:
         """Follow what the bus says of jobs; gives how many ended or moved."""
@@ -68,12 +68,8 @@ class Tracker:
             case "Prompt.detectorProcessed":
                 return self._processed(fields)
             case "ScriptQueue.nextVisitCanceled":
-                group = fields["groupId"]
-                return [
-                    End(job, CANCELED, "the visit was cancelled")
-                    for job in self._jobs
-                    if job.kind == PROCESS and job.group_id == group
-                ]
+                jobs = {job.job_id: job for job in self._jobs.of_visit(fields["groupId"]).values()}
+                return [End(job, CANCELED, "the visit was cancelled") for job in jobs.values()]
         return []
 
     def _hop(self, fields: dict[str, Any], running: list[Job]) -> list[End]:
@@ -101,7 +97,7 @@ class Tracker:
         if fields["outcome"] == "started":
             running.append(job)
             return []
-        duration = fields["durationS"] if fields["durationS"] >= 0 else None
+        duration = _known(fields["durationS"])
         if fields["outcome"] == "ok":
             if fields["pair"] >= 0:
                 job.pair = fields["pair"]
@@ -126,22 +122,24 @@ class Tracker:
         return ends
 
     def _processed(self, fields: dict[str, Any]) -> list[End]:
-        group, ends = fields["groupId"], []
-        for job in self._jobs_of_visit(group):
-            instrument = self._cluster.instrument(job.instrument)
-            try:
-                name = instrument.detector(fields["detector"]).name
-            except CumbreError:
-                return []
-            if name in job.detectors:
-                job.obs_id = fields["obsId"]
-                if self._jobs.arrived(job, name):
-                    ends.append(End(job, fields["outcome"], fields["message"], 0, fields["latencyS"]))
-                break
-        return ends
+        visit = self._jobs.of_visit(fields["groupId"])
+        if not visit:
+            return []
+        name = self._name_of(next(iter(visit.values())).instrument, fields["detector"])
+        job = visit.get(name)
+        if job is None:
+            return []
+        job.obs_id = fields["obsId"]
+        if not self._jobs.arrived(job, name):
+            return []
+        return [End(job, fields["outcome"], fields["message"], 0, _known(fields["latencyS"]))]
 
-    def _jobs_of_visit(self, group: str) -> Iterable[Job]:
-        return (job for job in self._jobs if job.kind == PROCESS and job.group_id == group)
+    def _name_of(self, instrument: str, detector: int) -> str:
+        """Name of a detector by its number; "" for one that the camera does not have."""
+        if instrument not in self._names:
+            described = self._cluster.instrument(instrument)
+            self._names[instrument] = {item.id: item.name for item in described.detectors}
+        return self._names[instrument].get(detector, "")
 
     def tend(self) -> int:
         """Give jobs of lost pairs to others, and end or move what is late; gives how many."""
@@ -201,3 +199,8 @@ class Tracker:
             return int(parameters.attempts), float(parameters.deadline_s)
         except ValueError:
             return 5, 180.0
+
+
+def _known(seconds: float) -> float | None:
+    """Give a duration; None when it was not told (NaN on the bus)."""
+    return seconds if seconds >= 0 else None
