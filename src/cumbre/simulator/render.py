@@ -131,7 +131,7 @@ def _add_sources(
         )
 
 
-def _cosmic_rays(
+def add_cosmic_rays(
     image: NDArray[np.float32], detector: Detector, seconds: float, rng: np.random.Generator
 ) -> None:
     """Muons that cross the silicon, and slow electrons that wander in it."""
@@ -175,7 +175,7 @@ def electrons(
     image, rng = _exposed(instrument, detector, exposure, sky, seed)
     if exposure.image_type == "BIAS":
         return image
-    _cosmic_rays(image, detector, exposure.exposure_s + instrument.readout_s, rng)
+    add_cosmic_rays(image, detector, exposure.exposure_s + instrument.readout_s, rng)
     for index, amplifier in enumerate(detector.amplifiers):
         kernels.bleed(image, *amplifier.detector_box, fixed.full_well_e[index])
     return image
@@ -205,7 +205,7 @@ def particle_tracks(
     """Electrons that particles left on the sensor, shape (ny, nx): part of the truth."""
     _, rng = _exposed(instrument, detector, exposure, sky, seed)
     tracks = np.zeros(detector.shape, np.float32)
-    _cosmic_rays(tracks, detector, exposure.exposure_s + instrument.readout_s, rng)
+    add_cosmic_rays(tracks, detector, exposure.exposure_s + instrument.readout_s, rng)
     return tracks
 
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 PLANTED = injection.InjectionConfig(transients=40, variables=30, snr=(4.5, 150.0))
 REAL_FALSE_WEIGHT = 0.3
 FAINTEST = 4.0
+MORE_HITS = 8
+"""Particles added after their rejection, in units of an exposure's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,7 @@ def _simulated(case: Case) -> Examples:
     truth = quality.with_systematic(case.truth)
     fakes = fakes[_distance(fakes, truth["x"], truth["y"]) > 10] if len(truth["x"]) else fakes
     planted = injection.plant(exposure, fakes, rng)
+    hits = _with_hits(planted, case, rng)
     result = process_pair(
         planted, warp_template(case.template, planted), DifferenceConfig(classifier="logistic")
     )
@@ -92,7 +95,32 @@ def _simulated(case: Case) -> Examples:
         )
         label[weak] = quality.UNSURE
     _label_planted(result, planted, fakes, label, what)
+    _label_hits(result, hits, label, what)
     return _examples(result, label, what)
+
+
+def _with_hits(planted: Exposure, case: Case, rng: np.random.Generator) -> NDArray[np.float32]:
+    """Add particles that no rejection has seen, in place; returns their electrons."""
+    from cumbre.simulator.render import add_cosmic_rays
+
+    hits = np.zeros(planted.shape, np.float32)
+    add_cosmic_rays(hits, case.raw.detector, MORE_HITS * case.request.exposure_s, rng)
+    planted.image += hits
+    planted.variance += hits
+    return hits
+
+
+def _label_hits(
+    result: DifferenceResult, hits: NDArray[np.float32], label: NDArray[np.int8], what: NDArray[Any]
+) -> None:
+    """Sources made of planted particles are false; real ones that were struck are unsure."""
+    radius = max(2, round(result.metrics["science_fwhm_px"]))
+    for k, source in enumerate(result.sources):
+        x, y = round(float(source["x"])), round(float(source["y"]))
+        charge = float(hits[max(y - radius, 0) : y + radius + 1, max(x - radius, 0) : x + radius + 1].sum())
+        if charge > 0.2 * abs(float(source["psfFlux"])):
+            is_real = label[k] != quality.FALSE
+            label[k], what[k] = (quality.UNSURE, what[k]) if is_real else (quality.FALSE, "planted particle")
 
 
 def _distance(rows: NDArray[Any], x: Any, y: Any) -> NDArray[np.float64]:
