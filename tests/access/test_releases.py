@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cumbre.access.identity import ADMINISTRATORS, RELEASE_TESTERS
 from cumbre.access.releases.description import parse_description
 from cumbre.access.releases.life import _NEXT, Known, step, to_close
-from cumbre.access.releases.registry import TESTERS, Releases
+from cumbre.access.releases.registry import Releases
 from cumbre.access.user import ANYBODY, User
 from cumbre.core.errors import (
     BadFileError,
@@ -45,7 +46,7 @@ tables:
   - {name: note, datatype: string, description: What was special.}
 """
 N = 2_000
-TESTER = User("eva", frozenset({TESTERS}))
+TESTER = User("eva", frozenset({RELEASE_TESTERS}))
 
 
 def objects(n=N, seed=1):
@@ -116,6 +117,7 @@ def test_from_loading_to_closing(releases, source):
     assert sum(rows for table, rows in seen if table == "Object") == N
     assert names(releases, ANYBODY) == []
     assert names(releases, TESTER) == ["dr1.Object", "dr1.Visit"]
+    assert names(releases, User("admin", frozenset({ADMINISTRATORS}))) == ["dr1.Object", "dr1.Visit"]
     with pytest.raises(ConflictError, match="verify it first"):
         releases.open("dr1")
     assert releases.verify("dr1") == []

@@ -31,10 +31,13 @@ SCOPES = {
     "admin": "everything, for everyone",
 }
 ADMINISTRATORS = "administrators"
+RELEASE_TESTERS = "releases"
+"""See releases before they are opened and after they are closed."""
 GROUP_RIGHTS: dict[str, tuple[str, ...]] = {
     COLLABORATION: (PUBLIC, COLLABORATION),
     EMBARGO: RIGHTS,
     ADMINISTRATORS: RIGHTS,
+    RELEASE_TESTERS: (PUBLIC, COLLABORATION),
 }
 """Groups that every site has."""
 ANONYMOUS = "anonymous"

@@ -14,6 +14,9 @@ from cumbre.access.images.catalogue import ImageCatalogue
 from cumbre.access.limits import Limits
 from cumbre.access.plan import PlanKeeper
 from cumbre.access.published import prepare, set_setting, site_tables
+from cumbre.access.releases.registry import Releases
+from cumbre.access.tap_schema import with_tap_schema
+from cumbre.access.user_tables import UserTables
 from cumbre.core.configuration import Site
 from cumbre.core.errors import CumbreError
 from cumbre.core.time import Clock
@@ -53,8 +56,11 @@ class SiteAccess:
         prepare(db, observatory=config.observatory.name, authority=config.access.authority)
         scratch = site.root / "access" / "scratch"
         scratch.mkdir(parents=True, exist_ok=True)
+        own, releases = UserTables(db), Releases(db, site.path("archive/releases"), clock)
+        tables = site_tables()
+        tables.providers += [releases.tables, own.tables]
         self.service = AccessService(
-            root=site.root, db=db, tables=site_tables(), engines=Engines(db, scratch=scratch),
+            root=site.root, db=db, tables=with_tap_schema(tables), own=own, engines=Engines(db, scratch=scratch),
             catalogue=self.catalogue, authority=config.access.authority, settings=settings_of(site),
         )  # fmt: skip
         self.service.identity.local_administrator(site.root)

@@ -27,6 +27,7 @@ from cumbre.access.http.base import (
 from cumbre.access.http.cone import Cone, cone_error
 from cumbre.access.http.examples import examples_for
 from cumbre.access.http.images import Images
+from cumbre.access.http.own_tables import SAVE, UPDATE, OwnTables
 from cumbre.access.http.sia import Sia
 from cumbre.access.http.stream import Lanes
 from cumbre.access.http.tap import Tap, user_of
@@ -34,6 +35,7 @@ from cumbre.access.http.uws_views import JobFace
 from cumbre.access.identity import Identity, Principal
 from cumbre.access.images.catalogue import ImageCatalogue
 from cumbre.access.limits import Limits
+from cumbre.access.user_tables import UserTables
 from cumbre.access.uws import JobStore
 from cumbre.access.uws_runner import JobRunner, Work
 from cumbre.core.errors import TransientError
@@ -88,6 +90,8 @@ class AccessService:
         What can be asked and who runs it.
     catalogue, authority
         Images, and the authority of their identifiers; without a catalogue there are no image services.
+    own
+        Tables of users; without them there are none.
     """
 
     def __init__(
@@ -99,6 +103,7 @@ class AccessService:
         engines: Engines,
         catalogue: ImageCatalogue | None = None,
         authority: str = "cumbre.local",
+        own: UserTables | None = None,
         settings: Settings | None = None,
     ) -> None:
         self.settings = settings or Settings()
@@ -119,6 +124,12 @@ class AccessService:
         if catalogue is not None:
             self.images = Images(catalogue, self.identity, self.store, self.requests, authority)
             work[images.SERVICE] = self.images.work
+        self.own = None
+        if own is not None:
+            self.own = OwnTables(
+                own, self.gate, self.requests, self.settings.upload_bytes, self.store, self.tap
+            )
+            work |= {UPDATE: self.own.work_update, SAVE: self.own.work_save}
         self.runner = JobRunner(self.store, work, threads=self.settings.job_threads)
         self._since = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         self._started = False
@@ -144,6 +155,8 @@ class AccessService:
         routes = [*self._tap_routes(), *self._cone_routes()]
         if self.images is not None:
             routes += self._image_routes(self.images)
+        if self.own is not None:
+            routes += self.own.routes(self.runner)
         return routes
 
     def _cone_routes(self) -> list[Route]:

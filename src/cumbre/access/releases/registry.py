@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cumbre.access.identity import ADMINISTRATORS, RELEASE_TESTERS
 from cumbre.access.releases.description import (
     DESCRIPTION_FILE,
     ReleaseDescription,
@@ -25,8 +26,6 @@ from cumbre.stores.files import sha256_of_bytes
 from cumbre.stores.migrations import migrate
 from cumbre.stores.postgres import Connection, Database
 
-TESTERS = "releases"
-"""Group that sees releases before they are opened, and after they are closed."""
 _STEPS = [
     """
 CREATE SCHEMA IF NOT EXISTS release;
@@ -230,7 +229,9 @@ class Releases:
     def tables(self, user: User) -> Iterator[Table]:
         """Tables of all releases; those that are not open only for the testers."""
         for release in self.all():
-            public: bool | str = True if release.state == "open" else TESTERS
+            public: bool | str = release.state == "open"
+            if not public:
+                public = next((g for g in (RELEASE_TESTERS, ADMINISTRATORS) if g in user.groups), False)
             if not user.may_read(public):
                 continue
             text = (release.folder / DESCRIPTION_FILE).read_text()
