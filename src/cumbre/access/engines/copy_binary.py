@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -19,58 +19,54 @@ _HEADER_SIZE = 19
 BATCH_ROWS = 65_536
 BATCH_BYTES = 16 << 20
 FLUSH_S = 0.25
-_CHECK_EVERY = 512
 
 
-def read_batches(pieces: Iterable[Any], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+def read_batches(lists: Iterable[list[Any]], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     """Batches of rows.
 
     Parameters
     ----------
-    pieces
-        What the server sends: one message a row.
+    lists
+        What the server sends, one message a row, some at a time.
     schema
         Types of the columns; the query must give exactly them (a uint8 comes as smallint).
     """
-    rows: list[Any] = []
+    parts: list[bytes] = []  # joined at once: a batch of small objects would keep the garbage collector busy
+    lengths: list[int] = []
     size, first, started = 0, True, monotonic()
-    for raw in pieces:
-        piece = raw
+    for pieces in lists:
         if first:
             first = False
-            if bytes(piece[: len(_HEADER)]) != _HEADER:
+            if bytes(pieces[0][: len(_HEADER)]) != _HEADER:
                 raise FatalError("PostgreSQL's COPY does not begin as binary COPY does")
-            piece = piece[_HEADER_SIZE:]
-            if not len(piece):
-                continue
-        if len(piece) == 2 and bytes(piece) == b"\xff\xff":
-            continue  # the end of the rows; the server still closes the copy
-        rows.append(piece)
-        size += len(piece)
-        count = len(rows)
-        if count >= BATCH_ROWS or size >= BATCH_BYTES or (
-            count % _CHECK_EVERY == 0 and monotonic() - started > FLUSH_S
-        ):  # fmt: skip
-            yield _decode(rows, schema)
-            rows, size, started = [], 0, monotonic()
-    if rows:
-        yield _decode(rows, schema)
+            pieces[0] = pieces[0][_HEADER_SIZE:]
+            if not len(pieces[0]):
+                del pieces[0]
+        if pieces and len(pieces[-1]) == 2:  # the trailer: no row is so short
+            del pieces[-1]
+        lengths += map(len, pieces)
+        parts.append(b"".join(pieces))
+        size += len(parts[-1])
+        if len(lengths) >= BATCH_ROWS or size >= BATCH_BYTES or monotonic() - started > FLUSH_S:
+            if lengths:
+                yield _decode(b"".join(parts), lengths, schema)
+            parts, lengths, size, started = [], [], 0, monotonic()
+    if lengths:
+        yield _decode(b"".join(parts), lengths, schema)
 
 
-def _decode(rows: Sequence[Any], schema: pa.Schema) -> pa.RecordBatch:
+def _decode(joined: bytes, sizes: list[int], schema: pa.Schema) -> pa.RecordBatch:
     import pyarrow as pa
 
-    content = np.frombuffer(b"".join(rows), dtype=np.uint8)
+    content = np.frombuffer(joined, dtype=np.uint8)
     plain = _structure(schema)
-    count = len(rows)
-    if plain is not None and len(content) == plain.itemsize * count:
+    count = len(sizes)
+    lengths = np.array(sizes, dtype=np.int64)
+    if plain is not None and (lengths == plain.itemsize).all():
         # nothing is null when every row has its full length (a null would make it shorter)
-        lengths = np.fromiter(map(len, rows), dtype=np.int64, count=count)
-        if (lengths == plain.itemsize).all():
-            table = content.view(plain)
-            arrays = [_finish(np.asarray(table[f"v{i}"]), None, field.type) for i, field in enumerate(schema)]
-            return pa.RecordBatch.from_arrays(arrays, schema=schema)
-    lengths = np.fromiter(map(len, rows), dtype=np.int64, count=count)
+        table = content.view(plain)
+        columns = [_finish(np.asarray(table[f"v{i}"]), None, field.type) for i, field in enumerate(schema)]
+        return pa.RecordBatch.from_arrays(columns, schema=schema)
     at = np.zeros(count, dtype=np.int64)
     np.cumsum(lengths[:-1], out=at[1:])
     at += 2

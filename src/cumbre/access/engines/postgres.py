@@ -12,6 +12,7 @@ import psycopg
 from cumbre.access.adql.dialect import Postgres, quote
 from cumbre.access.engines import Started
 from cumbre.access.engines.copy_binary import read_batches
+from cumbre.access.engines.copy_stream import copy_rows
 from cumbre.access.limits import QueryCancelledError, QueryTooBigError, Watch
 from cumbre.core.errors import CumbreError, FatalError, TransientError, UserError
 
@@ -136,8 +137,7 @@ def begin(link: psycopg.Connection[Any], watch: Watch) -> None:
 
 def copy_out(link: psycopg.Connection[Any], sql: str, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     """Rows of a query whose types are exactly the schema's."""
-    with link.cursor() as cursor, cursor.copy(f"COPY ({sql}) TO STDOUT (FORMAT binary)".encode()) as stream:
-        yield from read_batches(stream, schema)
+    yield from read_batches(copy_rows(link, f"COPY ({sql}) TO STDOUT (FORMAT binary)".encode()), schema)
 
 
 def _typed(sql: str, schema: pa.Schema) -> str:
