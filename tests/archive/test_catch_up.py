@@ -179,6 +179,29 @@ def test_what_only_the_camera_has_is_written_again(night: Night) -> None:
         until(lambda: night.at("base") == everything(1))
 
 
+def test_a_sensor_with_garbage_is_not_tried_for_ever_and_hides_nothing(
+    night: Night, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Ledger.owed, "__kwdefaults__", Ledger.owed.__kwdefaults__ | {"limit": 2})
+    for number in (1, 2, 3):
+        paths = write_image(night.site, night.bus, number, announce=number == 3)
+        for detector in range(4):
+            if number < 3:
+                common = {
+                    "obsId": obs_id(number), "instrument": "DemoCam", "exposureId": 2026112000000 + number,
+                    "detector": detector, "detectorName": DETECTORS[detector], "hopTai": night.clock.now_tai_s(),
+                }  # fmt: skip
+                night.bus.publish("Image.hop", common | {"hop": "read_out", "place": "camera"})
+                night.bus.publish(
+                    "Image.hop", common | {"hop": "written", "place": "summit", "outcome": "BadFile"}
+                )
+                paths[detector].unlink()
+    asked = night.bus.subscribe(["Writer.recapture"], start="earliest")
+    with night.running():
+        until(lambda: night.at("base") == everything(3))
+    assert asked.poll(0.0) == []
+
+
 def test_an_image_of_the_camera_store_that_no_event_names(night: Night) -> None:
     folder = night.site.path(f"summit/daq/{obs_id(7)}")
     folder.mkdir(parents=True)

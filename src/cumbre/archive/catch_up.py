@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from cumbre.archive.addresses import route
 from cumbre.archive.night_summary import NightSummaries
-from cumbre.archive.owed import Finder, InCamera, Owed
+from cumbre.archive.owed import DAYS_BACK, RECENT_DAYS, Finder, InCamera, Owed
 from cumbre.archive.sender import Sender
 from cumbre.capture.hops import hop_fields, publish_hop, publish_hops
 from cumbre.core.errors import CumbreError, NotFoundError
@@ -39,8 +39,10 @@ RECAPTURE = "Writer.recapture"
 MAX_QUEUED = 2000
 BEAT_S = 1.0
 PING_S = 5.0
-FILES_EVERY = 6
-"""A look at all files comes with every so many looks at the ledger."""
+FILES_EVERY, PAST_EVERY = 6, 60
+"""A look at all files, and one far into the past, come with every so many looks at the last two nights."""
+IDLE_PART = 10
+"""Looks take at most one part in so many of the time."""
 
 
 class Pace:
@@ -92,6 +94,12 @@ class _Way:
         ]
         for thread in self._threads:
             thread.start()
+
+    def forget(self) -> None:
+        """Forget tries of long ago."""
+        long_ago = time.monotonic() - 3600.0
+        for key in [key for key, (not_before, _) in self.later.items() if not_before < long_ago]:
+            del self.later[key]
 
     def skips(self, key: str) -> bool:
         """Whether a file is on its way, or was tried a moment ago."""
@@ -265,8 +273,9 @@ class CatchUpArchiver:
                 for way in self._ways:
                     way.beat()
             if now >= self._next_scan:
-                self._next_scan = now + self._settings.every_s
                 self._scan()
+                took_s = time.monotonic() - now
+                self._next_scan = time.monotonic() + max(self._settings.every_s, IDLE_PART * took_s)
             if count or now >= end:
                 return count
             time.sleep(min(0.1, max(end - now, 0.0)))
@@ -285,7 +294,9 @@ class CatchUpArchiver:
         for way in self._ways:
             if not way.finder.is_here:
                 continue
-            found = way.finder.look(way.skips)
+            way.forget()
+            far = self._scans % PAST_EVERY == 1
+            found = way.finder.look(way.skips, days_back=DAYS_BACK if far else RECENT_DAYS)
             if self._scans % FILES_EVERY == 1:
                 found = _chained(found, way.finder.look_at_files())
             for item in found:

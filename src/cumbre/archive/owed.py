@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cumbre.archive.journal import Journal, group_of, raw_files
 from cumbre.archive.protocol import Parcel
@@ -32,7 +32,10 @@ MODE = "catch-up"
 THERE = "there"
 SETTLED_S = 30.0
 """Real seconds after which a file that no event named is taken up."""
-DAYS_BACK = 60
+DAYS_BACK = 60.0
+RECENT_DAYS = 2.0
+HOPELESS = ("BadFile", "UnprocessableData", "Conflict")
+"""Outcomes of the image writer that another try gives again: a sensor without data or with garbage."""
 SECONDS_PER_DAY = 86400.0
 
 
@@ -90,25 +93,22 @@ class Finder:
         daq = self._site.path(DAQ_FOLDER)
         return self._raw.is_dir() or (self.source == "summit" and daq.is_dir())
 
-    def look(self, skip: Callable[[str], bool] = lambda _: False) -> Iterator[Owed | InCamera]:
+    def look(
+        self, skip: Callable[[str], bool] = lambda _: False, *, days_back: float = DAYS_BACK
+    ) -> Iterator[Owed | InCamera]:
         """Everything that is owed and not on its usual way, oldest image first.
 
         Parameters
         ----------
         skip
             Keys that nobody needs to look at now: their files are not even opened.
+        days_back
+            How far into the past, days of night time.
         """
-        now = self._clock.now_tai_s()
-        rows = self._ledger.owed(
-            self.source,
-            self.target,
-            before_tai=now - self._grace_s,
-            since_tai=now - DAYS_BACK * SECONDS_PER_DAY,
-        )
         busy = self._live_jobs()
         in_camera: dict[str, list[str]] = {}
         sidecars: set[Path] = set()
-        for row in rows:
+        for row in self._rows(days_back):
             name = row["detector_name"]
             if (row["obs_id"], name) in busy:
                 continue
@@ -117,7 +117,7 @@ class Finder:
                 continue
             found = self._copy(key, row)
             if found is None:
-                if self.source == "summit":
+                if self.source == "summit" and row["written"] not in HOPELESS:
                     in_camera.setdefault(row["obs_id"], []).append(name)
                 elif self._is_first_time(str(key)):
                     log.warning("%s %s: no good copy at %s", row["obs_id"], name, self.source)
@@ -128,6 +128,23 @@ class Finder:
                 yield from self._sidecars(folder, found.piece)
             yield found
         yield from (InCamera(obs_id, tuple(names)) for obs_id, names in in_camera.items())
+
+    def _rows(self, days_back: float) -> Iterator[dict[str, Any]]:
+        """What the ledger says to be owed, page by page: what can never be sent must not hide the rest."""
+        now, after = self._clock.now_tai_s(), (0, 0, "", -1)
+        while True:
+            page = self._ledger.owed(
+                self.source,
+                self.target,
+                before_tai=now - self._grace_s,
+                since_tai=now - days_back * SECONDS_PER_DAY,
+                after=after,
+            )
+            yield from page
+            if not page:
+                return
+            last = page[-1]
+            after = (last["day_obs"], last["seq_num"], last["obs_id"], last["detector"])
 
     def look_at_files(self) -> Iterator[Owed | InCamera]:
         """Files that the ledger does not know of, because their events were lost."""

@@ -371,8 +371,8 @@ class Import:
                     f"{parcel.key}: here with {found}, came on a disk with {parcel.sha256}; the first one is kept"
                 )
             self._report.present += 1
-            if piece is None or self._is_told(piece):
-                return
+            if piece is None or self._ledger is None or self._is_told(piece):
+                return  # without a ledger the distributor's scan tells what nobody told yet
         else:
             copy_verified(source, target, parcel.sha256)
             self._report.copied += 1
@@ -406,8 +406,7 @@ class Import:
                 )
 
     def _is_told(self, piece: Piece) -> bool:
-        if self._ledger is None:
-            return False
+        assert self._ledger is not None
         rows = self._ledger.where(piece.obs_id, piece.detector)
         return any(row["hop"] == f"at_{self._place}" and row["outcome"] == "ok" for row in rows)
 

@@ -75,36 +75,56 @@ class Ledger:
         )
 
     def owed(
-        self, source: str, target: str, *, before_tai: float, since_tai: float = 0.0, limit: int = 5000
+        self,
+        source: str,
+        target: str,
+        *,
+        before_tai: float,
+        since_tai: float = 0.0,
+        after: tuple[int, int, str, int] = (0, 0, "", -1),
+        limit: int = 2000,
     ) -> list[dict[str, Any]]:
-        """Detector images that came to ``source`` before a time and have no verified copy at ``target``.
+        """Detector images that came to ``source`` in a range of time and have no verified copy at ``target``.
 
-        Oldest first; one row each: obs_id, detector, detector_name, instrument, group_id, image_type, day_obs,
-        seq_num, came_tai, and path, byte_size and checksum of the copy at the source (None when the ledger
-        knows of none: an image that is in the camera's store only).
+        Parameters
+        ----------
+        after
+            (day_obs, seq_num, obs_id, detector) of the last row of the page before.
+
+        Returns
+        -------
+        list of dict
+            Oldest first; one row each: obs_id, detector, detector_name, instrument, group_id, image_type,
+            day_obs, seq_num, came_tai; path, byte_size and checksum of the copy at the source (None when the
+            ledger knows of none: an image that is in the camera's store only); written, the outcome at the
+            image writer (None when it never spoke).
         """
         return self._db.query(
             """
             SELECT h.obs_id, h.detector, max(h.detector_name) AS detector_name, i.instrument, i.group_id,
-                   i.image_type, i.day_obs, i.seq_num, min(h.hop_tai) AS came_tai,
-                   max(h.path) FILTER (WHERE h.hop IN ('written', %(arrived)s) AND h.outcome = 'ok') AS path,
-                   max(h.byte_size) FILTER (WHERE h.hop IN ('written', %(arrived)s) AND h.outcome = 'ok')
-                       AS byte_size,
-                   max(nullif(h.checksum, '')) FILTER (WHERE h.hop <> 'read_out' AND h.outcome = 'ok')
-                       AS checksum
+                   i.image_type, coalesce(i.day_obs, 0) AS day_obs, coalesce(i.seq_num, 0) AS seq_num,
+                   min(h.hop_tai) AS came_tai,
+                   max(h.path) FILTER (WHERE h.hop IN ('written', %(arrived)s)) AS path,
+                   max(h.byte_size) FILTER (WHERE h.hop IN ('written', %(arrived)s)) AS byte_size,
+                   max(nullif(h.checksum, '')) FILTER (WHERE h.hop <> 'read_out') AS checksum,
+                   (SELECT max(w.outcome) FROM ledger.hop w WHERE w.obs_id = h.obs_id
+                    AND w.detector = h.detector AND w.hop = 'written') AS written
             FROM ledger.hop h JOIN ledger.image i USING (obs_id)
             WHERE h.detector >= 0 AND h.hop_tai BETWEEN %(since)s AND %(before)s AND h.outcome = 'ok'
               AND (h.place = %(source)s AND h.hop = ANY(%(copies)s)
                    OR %(source)s = 'summit' AND h.hop = 'read_out')
+              AND (coalesce(i.day_obs, 0), coalesce(i.seq_num, 0), h.obs_id, h.detector)
+                  > (%(day)s, %(seq)s, %(obs)s, %(detector)s)
               AND NOT EXISTS (
                 SELECT FROM ledger.hop c WHERE c.obs_id = h.obs_id AND c.detector = h.detector
                   AND c.outcome = 'ok' AND c.place = %(target)s AND c.hop = ANY(%(copies)s))
             GROUP BY h.obs_id, h.detector, i.instrument, i.group_id, i.image_type, i.day_obs, i.seq_num
-            ORDER BY i.day_obs, i.seq_num, h.obs_id, h.detector LIMIT %(limit)s
+            ORDER BY coalesce(i.day_obs, 0), coalesce(i.seq_num, 0), h.obs_id, h.detector LIMIT %(limit)s
             """,
             {
                 "source": source, "target": target, "arrived": f"at_{source}", "before": before_tai,
                 "since": since_tai, "copies": list(COPY_HOPS), "limit": limit,
+                "day": after[0], "seq": after[1], "obs": after[2], "detector": after[3],
             },
         )  # fmt: skip
 
