@@ -34,6 +34,8 @@ VERBS = {
     "lightcurve": ("cumbre.cli.lightcurve", "lightcurve", "Frames of one field to light curves."),
     "tape": ("cumbre.cli.tape", "tape", "List, read and verify tape volumes."),
     "ship": ("cumbre.cli.ship", "ship", "Carry images and telemetry on a disk."),
+    "report": ("cumbre.cli.report", "report", "Measure the quality of alerts on simulated images."),
+    "train": ("cumbre.cli.train", "train", "Train the network that gives sources their reliability."),
     "query": ("cumbre.cli.query", "query", "Ask the ledger or the tables."),
     "release": ("cumbre.cli.release", "release", "Load, verify, open and close release catalogues."),
     "instrument": ("cumbre.cli.instrument", "instrument", "List, show and check instrument descriptions."),

@@ -16,8 +16,11 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
+from multiprocessing import get_context
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,6 +74,7 @@ class Record:
     metrics: dict[str, float] = field(default_factory=dict)
     wcs_error_mas: float = float("nan")
     stamps: NDArray[np.float32] | None = None
+    reliability_version: str = ""
 
 
 def nearest(
@@ -132,6 +136,7 @@ def run_case(case: Case, *, keep_stamps: bool = False, reliable: float = 0.5) ->
         flux_scale=made.exposure.njy_per_electron(), pixel_arcsec=made.exposure.metrics["pixel_scale_arcsec"],
         seconds=seconds, metrics={**made.exposure.metrics, **made.result.metrics},
         wcs_error_mas=_wcs_error_mas(case, made), stamps=stamps,
+        reliability_version=made.result.reliability_version,
     )  # fmt: skip
 
 
@@ -192,6 +197,41 @@ def _cause(source: Any, junk: Debris, radius: int, fwhm: float) -> str:
     return "defect" if bool(junk.defects[box].any()) else "other"
 
 
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Images of one seed to measure; see :func:`cumbre.site.quality_images.make_cases`."""
+
+    folder: str
+    seed: int
+    size: str = "1k"
+    rich: bool = False
+    detectors: int = 4
+    visits: int = 4
+
+
+def records_of(job: Job) -> list[Record]:
+    """Process the images of one job (in a worker process)."""
+    import cv2
+
+    from cumbre.site.quality_images import make_cases
+
+    cv2.setNumThreads(1)
+    cases = make_cases(
+        Path(job.folder), job.seed, detectors=job.detectors, visits=job.visits, size=job.size, rich=job.rich
+    )
+    return [run_case(case) for case in cases]
+
+
+def measure(jobs: list[Job], *, workers: int = 1, reliable: float = 0.5) -> dict[str, Any]:
+    """Process all jobs and summarise them."""
+    if workers <= 1 or len(jobs) == 1:
+        records = [record for job in jobs for record in records_of(job)]
+    else:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            records = [record for some in pool.map(records_of, jobs) for record in some]
+    return summarise(records, reliable=reliable)
+
+
 def published(record: Record, reliable: float) -> NDArray[np.bool_]:
     """Sources that would be alerts."""
     return np.asarray(record.sources["reliability"] >= reliable)
@@ -199,8 +239,6 @@ def published(record: Record, reliable: float) -> NDArray[np.bool_]:
 
 def summarise(records: Iterable[Record], *, reliable: float = 0.5) -> dict[str, Any]:
     """All numbers of the report."""
-    from cumbre.payloads.kernels import classify
-
     listed = list(records)
     truths = [_matched(record, reliable) for record in listed]
     truth = {key: np.concatenate([t[key] for t in truths]) for key in truths[0]} if truths else {}
@@ -208,7 +246,7 @@ def summarise(records: Iterable[Record], *, reliable: float = 0.5) -> dict[str, 
     return {
         "n_images": len(listed),
         "seconds_per_image": float(np.mean([r.seconds for r in listed])) if listed else None,
-        "reliability_version": classify.VERSION,
+        "reliability_version": listed[0].reliability_version if listed else None,
         "reliability_threshold": reliable,
         "above": {f"{limit:g}": _above(truth, detections, limit) for limit in LIMITS},
         "by_snr": _bins(truth, detections, "snr", SNR_EDGES),

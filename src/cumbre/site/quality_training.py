@@ -201,3 +201,44 @@ def _star_table(stars: Any) -> NDArray[np.void]:
     table = np.zeros(len(stars), STAR_TYPE)
     table["x"], table["y"], table["flux"], table["snr"] = stars.x, stars.y, stars.flux, stars.snr
     return table
+
+
+def train(jobs: list[Job], out: Path, *, seed: int = 1, workers: int = 1) -> dict[str, Any]:
+    """Train on the examples of all jobs, write model and provenance to ``out``; returns the provenance.
+
+    A fifth of the examples is held out for the curves; the shipped network is then fitted to all of them.
+    """
+    import hashlib
+
+    from cumbre.payloads import training
+    from cumbre.payloads.realbogus import MODEL_NAME
+
+    examples = collect(jobs, workers=workers)
+    rng = np.random.default_rng(seed)
+    held = rng.uniform(size=len(examples)) < 0.2
+    trial = training.fit(_part(examples, ~held), seed=seed)
+    apart = _part(examples, held)
+    network = training.fit(examples, seed=seed)
+    digest = hashlib.sha256(b"".join(w.astype(np.float32).tobytes() for w in network.weights)).hexdigest()
+    about = {
+        "version": f"cumbre-net-1-{digest[:8]}",
+        "seed": seed,
+        "trained_on": [_described(job) for job in jobs],
+        "n_real": int(examples.is_real.sum()),
+        "n_false": int((~examples.is_real).sum()),
+        "held_out": training.curves(apart, trial.scores(apart.inputs)),
+    }
+    training.export(network, out / f"{MODEL_NAME}.onnx", about)
+    return about
+
+
+def _part(examples: Examples, keep: NDArray[np.bool_]) -> Examples:
+    return Examples(*(getattr(examples, name)[keep] for name in Examples.__slots__))
+
+
+def _described(job: Job) -> dict[str, Any]:
+    if job.science:
+        return {"science": Path(job.science).name, "template": Path(job.template).name}
+    return {
+        "sky": job.seed, "size": job.size, "rich": job.rich, "detectors": job.detectors, "visits": job.visits
+    }  # fmt: skip
