@@ -14,6 +14,9 @@ def literal(text: str) -> str:
     """A string in single quotes; both engines take backslashes as they are."""
     return "'" + text.replace("'", "''") + "'"
 
+POLYGON_TEXT = "POLYGON ICRS "
+"""How a stored polygon begins when it is published as text (STC-S)."""
+
 
 class Dialect:
     """What both engines share; each method gives a piece of SQL that is whole in itself (parentheses, calls)."""
@@ -87,6 +90,10 @@ class Dialect:
     def stored(self, alias: str, column: Column) -> str:
         """A stored column as its published type."""
         return f"{alias}.{quote(column.stored_name)}"
+
+    def corners(self, alias: str, column: Column) -> str:
+        """Numbers of a polygon that is published as text."""
+        return self.numbers_of_text(f"substr({self.stored(alias, column)}, {len(POLYGON_TEXT) + 1})")
 
     def healpix(self, order: str, lon: str, lat: str) -> str:
         """Nested HEALPix pixel of a position."""
@@ -167,7 +174,12 @@ class Postgres(Dialect):
         plain = f"{alias}.{quote(column.stored_name)}"
         if column.storage == "timestamptz":
             return f"to_char({plain} AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS')"
+        if column.storage == "polygon":
+            return f"('{POLYGON_TEXT}' || array_to_string({plain}, ' '))"
         return plain
+
+    def corners(self, alias: str, column: Column) -> str:
+        return f"{alias}.{quote(column.stored_name)}"
 
     def region(self, name: str, arguments: list[str]) -> str:
         return f"adql.{name}({', '.join(arguments)})"

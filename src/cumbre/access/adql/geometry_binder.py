@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cumbre.access.adql import functions as f
@@ -62,6 +63,9 @@ class GeometryBinder:
             return found
         if found.column.xtype in SHAPES and found.column.arraysize is not None:
             return Stored(found, found.column.xtype)
+        if found.column.storage == "polygon" and found.origin is not None:
+            corners = self.dialect.corners(found.origin.relation, found.column)
+            return Stored(replace(found, sql=corners), "polygon")
         raise self.error(
             node.at, f"{found.kind} where a geometry is expected", "POINT(ra, dec), CIRCLE(…), POLYGON(…)"
         )
@@ -89,6 +93,9 @@ class GeometryBinder:
         value = self.value(node)
         if not (value.numeric or value.null):
             raise self.error(node.at, f"{value.kind} where a coordinate in degrees is expected")
+        if value.constant is not None and 0 < abs(value.constant) < 1e-100:
+            # squares of it leave the range of doubles, which PostgreSQL takes for an error
+            return Value(self.dialect.number(0.0), value.column, constant=0.0)
         return value
 
     def _without_system(self, node: tree.Call) -> tuple[tree.Expression, ...]:

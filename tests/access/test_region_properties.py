@@ -1,0 +1,164 @@
+"""Random regions: planner and both engines give what plain vectors give, row for row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from access_data import Place, in_files, in_postgres, sky
+from support.pg import fresh_database
+
+EDGE_DEG = 1e-8
+"""Rows so near to an edge that rounding decides are not counted."""
+
+
+@pytest.fixture(scope="module")
+def places(postgres_dsn: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Place]]:
+    with fresh_database(postgres_dsn) as db:
+        yield [in_postgres(db), in_files(tmp_path_factory.mktemp("files"))]
+
+
+def vectors(ra: np.ndarray, dec: np.ndarray) -> np.ndarray:
+    a, d = np.radians(ra), np.radians(dec)
+    return np.stack([np.cos(d) * np.cos(a), np.cos(d) * np.sin(a), np.sin(d)], -1)
+
+
+IDS = sky().column("id").to_numpy()
+STARS = vectors(sky().column("ra").to_numpy(), sky().column("dec").to_numpy())
+
+
+def whole(value: float) -> float:
+    """A position in a table is zero or far from the smallest double."""
+    return value if abs(value) > 1e-100 else 0.0
+
+
+longitudes = st.floats(-360, 720) | st.sampled_from([0.0, 360.0, 359.999999, 180.0])
+latitudes = st.floats(-90, 90) | st.sampled_from([-90.0, 90.0, 0.0, 41.8103149])
+radii = st.floats(1e-4, 150) | st.sampled_from([0.01, 1.0, 58.0, 90.0])
+relaxed = settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
+)
+
+
+def check(places: list[Place], condition: str, inside: np.ndarray, sure: np.ndarray) -> None:
+    wanted, unsure = set(IDS[inside & sure].tolist()), set(IDS[~sure].tolist())
+    for place in places:
+        found = {row[0] for row in place.rows(f"SELECT id FROM stars WHERE {condition}")} - unsure
+        assert found == wanted, (place.name, condition)
+
+
+def angle(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    return np.degrees(np.arctan2(np.linalg.norm(np.cross(one, other), axis=-1), np.sum(one * other, axis=-1)))
+
+
+@given(longitudes, latitudes, radii, st.sampled_from(["contains", "distance", "points"]))
+@relaxed
+def test_circles(places: list[Place], ra: float, dec: float, radius: float, form: str) -> None:
+    distance = angle(STARS, vectors(np.array(ra), np.array(dec)))
+    condition = {
+        "contains": f"1 = CONTAINS(POINT(ra, dec), CIRCLE({ra!r}, {dec!r}, {radius!r}))",
+        "distance": f"DISTANCE({ra!r}, {dec!r}, ra, dec) <= {radius!r}",
+        "points": f"DISTANCE(POINT(ra, dec), POINT({ra!r}, {dec!r})) <= {radius!r}",
+    }[form]
+    # near the antipode a distance is only known to 1e-6 degrees
+    margin = np.where(distance > 179.9, 1e-5, EDGE_DEG)
+    check(places, condition, distance <= radius, np.abs(distance - radius) > margin)
+
+
+@given(longitudes, latitudes, st.floats(0.01, 175), st.floats(0.01, 175))
+@relaxed
+def test_boxes(places: list[Place], ra: float, dec: float, width: float, height: float) -> None:
+    """Sides at right angles to the ends of the arms: half-spaces, here from vectors of the centre."""
+    a, d = np.radians(ra), np.radians(dec)
+    centre = vectors(np.array(ra), np.array(dec))
+    east = np.array([-np.sin(a), np.cos(a), 0.0])
+    north = np.array([-np.sin(d) * np.cos(a), -np.sin(d) * np.sin(a), np.cos(d)])
+    assume(
+        np.hypot(np.tan(np.radians(width / 2)), np.tan(np.radians(height / 2))) < 50
+    )  # smaller than half the sky
+    depth = STARS @ centre
+    x = np.abs(STARS @ east) - depth * np.tan(np.radians(width / 2))
+    y = np.abs(STARS @ north) - depth * np.tan(np.radians(height / 2))
+    sure = (np.abs(x) > 1e-9) & (np.abs(y) > 1e-9) & (np.abs(depth) > 1e-9)
+    condition = f"CONTAINS(POINT(ra, dec), BOX({ra!r}, {dec!r}, {width!r}, {height!r})) = 1"
+    check(places, condition, (depth > 0) & (x <= 0) & (y <= 0), sure)
+
+
+@st.composite
+def polygons(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
+    """Corners around a centre at random distances: any simple shape, convex or not, in either direction."""
+    ra, dec, size = draw(longitudes), draw(latitudes), draw(st.floats(0.05, 60))
+    count = draw(st.integers(3, 9))
+    angles = np.sort(draw(st.lists(st.floats(0, 2 * np.pi), min_size=count, max_size=count, unique=True)))
+    reach = np.radians(size) * np.array(draw(st.lists(st.floats(0.1, 1), min_size=count, max_size=count)))
+    assume(np.diff(angles).min(initial=9) > 0.05 and angles[-1] - angles[0] < 2 * np.pi - 0.05)
+    assume(max(np.diff(angles).max(), 2 * np.pi - angles[-1] + angles[0]) < 3.0)  # the centre is inside
+    a, d = np.radians(ra), np.radians(dec)
+    centre = vectors(np.array(ra), np.array(dec))
+    east = np.array([-np.sin(a), np.cos(a), 0.0])
+    north = np.array([-np.sin(d) * np.cos(a), -np.sin(d) * np.sin(a), np.cos(d)])
+    flat = np.cos(angles)[:, None] * east + np.sin(angles)[:, None] * north
+    corners = np.cos(reach)[:, None] * centre + np.sin(reach)[:, None] * flat
+    if draw(st.booleans()):
+        corners = corners[::-1]
+    return np.degrees(np.arctan2(corners[:, 1], corners[:, 0])), np.degrees(
+        np.arcsin(np.clip(corners[:, 2], -1, 1))
+    )
+
+
+def winding(points: np.ndarray, corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Turns of a polygon about each point, by the angles between its corners as seen from there; and how sure."""
+    total = np.zeros(len(points))
+    nearest = np.full(len(points), 180.0)
+    for one, other in zip(corners, np.roll(corners, -1, axis=0), strict=True):
+        u, v = np.cross(points, one), np.cross(points, other)
+        total += np.arctan2(np.sum(np.cross(u, v) * points, axis=1), np.sum(u * v, axis=1))
+        normal = np.cross(one, other)
+        normal /= np.linalg.norm(normal)
+        nearest = np.minimum(nearest, np.abs(np.degrees(np.arcsin(np.clip(points @ normal, -1, 1)))))
+    return np.abs(total) > np.pi, nearest > 1e-7
+
+
+@given(polygons())
+@relaxed
+def test_polygons(places: list[Place], corners: tuple[np.ndarray, np.ndarray]) -> None:
+    ra, dec = corners
+    edges = vectors(ra, dec)
+    middle = edges.sum(axis=0)
+    middle /= np.linalg.norm(middle)
+    assume((edges @ middle).min() > 0.05)
+    turns, sure = winding(STARS, edges)
+    inside = turns & (STARS @ middle > 0)
+    listed = ", ".join(f"{a!r}, {b!r}" for a, b in zip(ra.tolist(), dec.tolist(), strict=True))
+    check(places, f"1 = CONTAINS(POINT(ra, dec), POLYGON({listed}))", inside, sure)
+
+
+@given(st.lists(st.tuples(longitudes, latitudes), min_size=1, max_size=30), st.floats(1e-3, 20))
+@relaxed
+def test_matches(places: list[Place], positions: list[tuple[float, float]], radius: float) -> None:
+    upload = pa.table(
+        {
+            "n": range(len(positions)),
+            "ra": [whole(p[0]) for p in positions],
+            "dec": [whole(p[1]) for p in positions],
+        }
+    )
+    wanted, unsure = set(), set()
+    for n, (ra, dec) in enumerate(positions):
+        distance = angle(STARS, vectors(np.array(ra), np.array(dec)))
+        wanted |= {(n, int(i)) for i in IDS[distance < radius]}
+        unsure |= {(n, int(i)) for i in IDS[np.abs(distance - radius) < EDGE_DEG]}
+    for place in places:
+        rows = place.rows(
+            f"SELECT u.n, s.id FROM mine u JOIN stars s ON DISTANCE(u.ra, u.dec, s.ra, s.dec) < {radius!r}",
+            uploads={"mine": upload},
+        )
+        assert len(rows) == len(set(rows))
+        assert set(rows) - unsure == wanted - unsure
