@@ -19,6 +19,10 @@ from cumbre.access.uws import JobStore, worker_name
 from support.archive_world import World, serve
 from support.pg import fresh_database
 
+# pyvo leaves the connection of a result open that it did not read to the end
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"
+)
 UWS = "{http://www.ivoa.net/xml/UWS/v1.0}"
 XLINK = "{http://www.w3.org/1999/xlink}href"
 QUICK = "SELECT COUNT(*) AS n FROM level1.DiaObject"
@@ -60,7 +64,11 @@ def phase(client, url):
 
 
 def wait(client, url):
-    return job(client, url, WAIT=30).findtext(f"{UWS}phase")
+    """Phase at the end."""
+    end = time.monotonic() + 30
+    while (now := job(client, url, WAIT=10).findtext(f"{UWS}phase")) in ("QUEUED", "EXECUTING"):
+        assert time.monotonic() < end
+    return now
 
 
 def test_pyvo_runs_a_job(world):
@@ -127,7 +135,10 @@ def test_wait_returns_when_the_phase_changes_and_not_before(client):
 def test_abort_stops_the_query_in_the_database(client, world):
     url = make(client, LONG, PHASE="RUN")
     end = time.monotonic() + 20
-    active = "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND query LIKE 'COPY%%' AND datname = current_database()"
+    active = (
+        "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND query LIKE 'COPY%%'"
+        " AND datname = current_database()"
+    )
     while world.database.execute(active) == [(0,)] and time.monotonic() < end:
         time.sleep(0.05)
     assert phase(client, url) == "EXECUTING"
@@ -168,7 +179,6 @@ def test_parameters_may_change_until_it_runs(client):
     url = make(client, "SELECT nothing")
     assert client.post(f"{url}/parameters", data={"QUERY": QUICK, "RESPONSEFORMAT": "csv"}).status_code == 303
     client.post(f"{url}/phase", data={"PHASE": "RUN"})
-    assert wait(client, url) in ("EXECUTING", "COMPLETED")
     assert wait(client, url) == "COMPLETED"
     assert client.post(f"{url}/parameters", data={"QUERY": "x"}).status_code == 409
     assert client.get(f"{url}/results/result").text.split() == ["n", "441"]
@@ -246,7 +256,6 @@ def test_uploads_stay_with_the_job(client):
         files={"f": ("f.csv", content)},
     )  # fmt: skip
     url = made.headers["location"]
-    assert wait(client, url) in ("EXECUTING", "COMPLETED")
     assert wait(client, url) == "COMPLETED", client.get(f"{url}/error").text
     assert client.get(f"{url}/results/result").text.split() == ["n", "3"]
 

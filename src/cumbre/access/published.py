@@ -149,6 +149,7 @@ def _standard_columns() -> dict[str, tuple[Column, ...]]:
                     label.lstrip("*"), kind, size or None, xtype, unit, ucd,
                     f"obscore:{utype}" if utype and name == "obscore" else utype, description, label.startswith("*"),
                     label.lstrip("*") in ("obs_id", "t_min"), bool(utype),
+                    "", "polygon" if xtype == "adql:REGION" else "",
                 )
             )  # fmt: skip
         out[name] = tuple(columns)

@@ -29,7 +29,7 @@ class Column:
         VOTable type: boolean, unsignedByte, short, int, long, float, double, char; None for a scalar.
     sql_name, storage
         Name in the engine (the published one when empty); type there when it is not the usual one:
-        ``timestamptz`` is published as ISO 8601 text in UTC.
+        ``timestamptz`` is published as ISO 8601 text in UTC, ``polygon`` (an array of corners) as STC-S text.
     principal, indexed, std
         As in TAP_SCHEMA: worth showing first, fast to search, defined by a standard.
     """

@@ -11,6 +11,7 @@ from cumbre.access.http.examples import Example
 from cumbre.access.limits import Limits
 from cumbre.access.results import FORMATS
 from cumbre.access.tables import Column, Table, Tables
+from cumbre.access.tap_schema import written
 from cumbre.access.user import User
 
 _HEAD = '<?xml version="1.0" encoding="UTF-8"?>'
@@ -210,7 +211,7 @@ def _table(table: Table, tables: Tables, *, columns: bool) -> list[str]:
 def _column(column: Column) -> list[str]:
     out = [
         f"<column{' std=' + chr(34) + 'true' + chr(34) if column.std else ''}>",
-        f"<name>{xml_text(column.name)}</name>",
+        f"<name>{xml_text(written(column.name))}</name>",
     ]
     for tag in ("description", "unit", "ucd", "utype"):
         if value := getattr(column, tag):
