@@ -8,7 +8,8 @@ from contextlib import suppress
 from typing import Any
 
 import psycopg
-from psycopg.pq import ExecStatus, PGconn, PGresult
+from psycopg.pq import ExecStatus
+from psycopg.pq.abc import PGconn, PGresult
 
 _LIST = 8192
 _WAIT_S = 60.0

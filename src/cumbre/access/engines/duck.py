@@ -7,11 +7,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cumbre.access.engines import Started
 from cumbre.access.limits import QueryCancelledError, QueryTooBigError, Watch
-from cumbre.core.errors import FatalError, NotFoundError, TransientError, UserError
+from cumbre.core.errors import CumbreError, FatalError, NotFoundError, TransientError, UserError
 
 if TYPE_CHECKING:
     import duckdb
@@ -92,6 +92,7 @@ class _Running:
         self._watch = watch
         self._link: duckdb.DuckDBPyConnection | None = None
         self._fetching: Callable[[], None] | None = None
+        self._failed: CumbreError | None = None
         self._lock = threading.Lock()
         self._stream: Iterator[pa.RecordBatch] | None = None
 
@@ -155,15 +156,22 @@ class _Running:
     def _counted(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Stop when more is brought than the limit of bytes."""
         size, limit = 0, self._watch.limits.bytes
-        for batch in batches:
-            self._watch.check()
-            size += batch.nbytes
-            if size > limit:
-                raise QueryTooBigError(
-                    f"the query needs more than {limit:,} bytes of a table of the database beside its other tables; "
-                    "add conditions on that table alone (a region, a range of an indexed column)"
-                )
-            yield batch
+        try:
+            for batch in batches:
+                self._watch.check()
+                size += batch.nbytes
+                if size > limit:
+                    raise self._too_much(limit)
+                yield batch
+        except CumbreError as error:
+            self._failed = error  # DuckDB makes only words of it
+            raise
+
+    def _too_much(self, limit: int) -> QueryTooBigError:
+        return QueryTooBigError(
+            f"the query needs more than {limit:,} bytes of a table of the database beside its other tables; "
+            "add conditions on that table alone (a region, a range of an indexed column)"
+        )
 
     def _interrupt(self) -> None:
         with self._lock:
@@ -203,9 +211,8 @@ class _Running:
         import duckdb
 
         text = " ".join(str(error).split())
-        cause: Any = error.__cause__ or error.__context__
-        if isinstance(cause, UserError | TransientError | QueryCancelledError):
-            return cause
+        if self._failed is not None:
+            return self._failed
         if isinstance(error, duckdb.InterruptException) or "INTERRUPT" in text.upper():
             if self._watch.cancelled.is_set():
                 return QueryCancelledError("the query was cancelled")
