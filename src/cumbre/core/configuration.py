@@ -180,6 +180,9 @@ class Prompt(_Model):
     detection_sigma: Annotated[float, Field(gt=0, description="Threshold on the difference image.")] = 5.0
     reliability: Annotated[float, Field(ge=0, le=1, description="Least score of a published alert.")] = 0.5
     retries: Annotated[int, Field(ge=0, description="Tries after the first, before anything is stored.")] = 2
+    injection_fraction: Annotated[
+        float, Field(ge=0, le=1, description="Part of the visits that carry fake sources, for completeness.")
+    ] = 0.0
 
 
 class CatchUp(_Model):

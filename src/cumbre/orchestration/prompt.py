@@ -259,6 +259,7 @@ class PromptService:
             "instrument": where,
             "detection_sigma": self.settings.detection_sigma,
             "reliability": self.settings.reliability,
+            "injection_fraction": self.settings.injection_fraction,
         }
 
     def _preload_job(self, instruction: Preload) -> Job:

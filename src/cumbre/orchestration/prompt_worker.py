@@ -5,6 +5,7 @@ These functions take and give plain data, run in worker processes, and publish n
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 MAX_PREPARED = 24
 """Prepared detectors that a worker remembers; reference stars are small, the rest is shared in the cache."""
+INJECTED = "archive/injected"
+"""Folder of a site with what became of planted sources, one file a detector image."""
 log = logging.getLogger(__name__)
 _prepared: OrderedDict[tuple[str, int], Inputs] = OrderedDict()
 
@@ -181,6 +184,8 @@ def process(payload: dict[str, Any]) -> dict[str, Any]:
         )
     except ConflictError:
         log.info("stored meanwhile by another try")
+    if made.injected is not None:
+        write_injected(Path(payload["site"]), image["exposure_id"], detector.id, band, made.injected)
     wall = time.monotonic() - begun
     log.info("steps: %s", made.wall_s)
     return {
@@ -203,6 +208,7 @@ def _produce(
     from cumbre.alerts.packet import packet_bytes
     from cumbre.payloads.alert_production import produce
     from cumbre.payloads.difference import DifferenceConfig
+    from cumbre.payloads.injection import InjectionConfig, is_chosen
 
     field, least = inputs.field, float(payload["reliability"])
     clock = Clock.load(Path(payload["site"]) / "clock.json")
@@ -215,9 +221,22 @@ def _produce(
         history=level1.load_region(field.centre_ra, field.centre_dec, field.radius_deg),
         processed_mjd_tai=mjd_from_seconds(clock.now_tai_s()),
         config=DifferenceConfig(threshold=float(payload["detection_sigma"]), reliable=least),
+        inject=InjectionConfig()
+        if is_chosen(raw.metadata.exposure_id, float(payload.get("injection_fraction", 0.0)))
+        else None,
     )
     trusted = [item for item in made.alerts if (item["diaSource"]["reliability"] or 0.0) >= least]
     return made, [(item["diaSourceId"], packet_bytes(item)) for item in trusted]
+
+
+def write_injected(root: Path, visit: int, detector: int, band: str, rows: list[dict[str, Any]]) -> None:
+    """Keep what became of the fakes of one detector image, for the night report."""
+    from cumbre.stores.files import write_atomic
+
+    path = root / INJECTED / f"{visit}_{detector}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = {"visit": visit, "detector": detector, "band": band, "fakes": rows}
+    write_atomic(path, json.dumps(about).encode())
 
 
 def _quality(measured: dict[str, Any], band: str, wall_s: float) -> dict[str, Any]:

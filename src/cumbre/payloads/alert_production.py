@@ -29,8 +29,11 @@ from cumbre.payloads.processing import DifferenceResult, process_pair
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from numpy.typing import NDArray
+
     from cumbre.core.instrument import Instrument
     from cumbre.payloads.calibration import Calibrations
+    from cumbre.payloads.injection import InjectionConfig
     from cumbre.payloads.raw import RawDetector
     from cumbre.payloads.refcat import RefCat
 
@@ -51,6 +54,9 @@ class DetectorResult:
         Fields of ``Prompt.visitQuality``; what is not known is absent.
     wall_s
         Seconds by step.
+    injected
+        The fakes that were planted, with ``found``; None when none were asked for. Their sources are in none of the
+        lists above.
     """
 
     dia_sources: list[dict[str, Any]]
@@ -61,6 +67,7 @@ class DetectorResult:
     exposure: Exposure
     result: DifferenceResult
     wall_s: dict[str, float] = field(default_factory=dict)
+    injected: list[dict[str, Any]] | None = None
 
 
 def warm_up() -> None:
@@ -102,6 +109,7 @@ def produce(
     history: Mapping[str, Any] | None = None,
     processed_mjd_tai: float | None = None,
     config: DifferenceConfig | None = None,
+    inject: InjectionConfig | None = None,
 ) -> DetectorResult:
     """Process one detector image.
 
@@ -122,6 +130,9 @@ def produce(
         Time of processing; now when not given.
     config
         Threshold and kernel; sources below ``config.reliable`` are stored, but neither sent nor made new objects.
+    inject
+        Fakes to plant in the calibrated image. Sources and forced photometry on their pixels are left out of every
+        list: nothing of a fake is stored or sent.
 
     Raises
     ------
@@ -134,15 +145,20 @@ def produce(
     wall: dict[str, float] = {}
     begun = time.monotonic()
     exposure = _calibrated(image, calibrations, reference, instrument)
+    fakes = None
+    if inject is not None:
+        exposure, fakes = _with_fakes(exposure, inject)
     begun = _lap(wall, "calibrate", begun)
     result = process_pair(exposure, warp_template(template, exposure), config)
     begun = _lap(wall, "difference", begun)
     processed = mjd_from_seconds(Clock.real().now_tai_s()) if processed_mjd_tai is None else processed_mjd_tai
-    context = _context(exposure, processed)
+    context = _context(exposure, processed, result.reliability_version)
     sources = [
         dia_source(row, context, counter)
         for counter, row in enumerate(result.sources[: (1 << COUNTER_BITS) - 1], start=1)
-        if math.isfinite(row["ra"]) and math.isfinite(row["dec"])
+        if math.isfinite(row["ra"])
+        and math.isfinite(row["dec"])
+        and not row["pixelFlagsCentre"] & MaskPlane.INJECTED
     ]
     past = {name: _rows((history or {}).get(name)) for name in ("DiaObject", "DiaSource", "DiaForcedSource")}
     objects, new_objects = _associate(sources, past, config.reliable)
@@ -160,7 +176,30 @@ def produce(
         exposure,
         result,
         wall,
+        None if fakes is None else _injected(fakes, result, config.reliable),
     )
+
+
+def _with_fakes(exposure: Exposure, inject: InjectionConfig) -> tuple[Exposure, NDArray[np.void]]:
+    """Plant fakes that depend on visit and detector only, so that a second try plants the same."""
+    from cumbre.payloads.injection import plan, plant, seed_of
+
+    rng = seed_of("fakes", exposure.metadata.get("exposure_id"), exposure.metadata.get("detector"))
+    fakes = plan(exposure, rng, inject)
+    return plant(exposure, fakes, rng), fakes
+
+
+def _injected(fakes: NDArray[np.void], result: DifferenceResult, reliable: float) -> list[dict[str, Any]]:
+    """One row a fake: what it was and whether it was found."""
+    from cumbre.payloads.injection import recovered
+
+    radius = max(1.5, 0.6 * result.difference.science_psf.fwhm_px)
+    found = recovered(fakes, result.sources, reliable=reliable, radius_px=radius)
+    names = fakes.dtype.names or ()
+    return [
+        {name: fake[name].item() for name in names} | {"found": bool(hit)}
+        for fake, hit in zip(fakes, found, strict=True)
+    ]
 
 
 def _lap(wall: dict[str, float], name: str, begun: float) -> float:
@@ -212,7 +251,7 @@ def warp_template(template: Exposure, exposure: Exposure) -> Exposure:
     )  # fmt: skip
 
 
-def _context(exposure: Exposure, processed: float) -> SourceContext:
+def _context(exposure: Exposure, processed: float, version: str) -> SourceContext:
     meta = exposure.metadata
     try:
         visit, detector, middle = int(meta["exposure_id"]), int(meta["detector"]), float(meta["mjd_mid_tai"])
@@ -225,6 +264,7 @@ def _context(exposure: Exposure, processed: float) -> SourceContext:
         visit=visit, detector=detector, band=str(meta.get("band") or ""), midpoint_mjd_tai=middle,
         exposure_s=float(meta.get("exposure_s") or math.nan), processed_mjd_tai=processed, flux_scale=scale,
         pixel_scale_arcsec=float(exposure.metrics.get("pixel_scale_arcsec", math.nan)),
+        reliability_version=version,
     )  # fmt: skip
 
 
@@ -278,6 +318,8 @@ def _force(
     )
     ny, nx = exposure.shape
     inside = np.flatnonzero(np.isfinite(x) & (x > -0.5) & (y > -0.5) & (x < nx - 0.5) & (y < ny - 0.5))
+    pixel = np.rint(y[inside]).astype(int).clip(0, ny - 1), np.rint(x[inside]).astype(int).clip(0, nx - 1)
+    inside = inside[(exposure.mask[pixel] & np.uint16(MaskPlane.INJECTED)) == 0]
     inside = inside[: (1 << COUNTER_BITS) - 1]
     made = result.difference
     scale = result.metrics["snr_scale"]

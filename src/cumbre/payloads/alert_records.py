@@ -51,6 +51,7 @@ class SourceContext:
     processed_mjd_tai: float
     flux_scale: float = 1.0
     pixel_scale_arcsec: float = float("nan")
+    reliability_version: str = VERSION
 
 
 def _number(value: Any, scale: float = 1.0) -> float | None:
@@ -104,7 +105,7 @@ def dia_source(row: Any, context: SourceContext, counter: int) -> dict[str, Any]
         "templateFlux": _number(row["templateFlux"], scale),
         "templateFluxErr": _number(row["templateFluxErr"], scale),
         "reliability": _number(row["reliability"]),
-        "reliabilityVersion": VERSION,
+        "reliabilityVersion": context.reliability_version,
         "band": context.band or None,
         "isDipole": bool(row["isDipole"]),
         "trailLength": _number(row["trailLength"] * context.pixel_scale_arcsec) if trail else None,

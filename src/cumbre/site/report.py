@@ -19,7 +19,7 @@ from cumbre.core.instrument import load_instrument
 from cumbre.core.time import isot, utc_from_tai
 from cumbre.site.night import daq_images
 from cumbre.site.roles import site_database
-from cumbre.site.truth import Score, score
+from cumbre.site.truth import Score, injected, score
 from cumbre.web.views import HOPS
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ def collect(site: Site, db: Database) -> dict[str, Any]:
         "by_kind": night_score.by_kind,
         "n_detections": night_score.n_detections,
         "by_magnitude": night_score.by_magnitude,
+        "injected": injected(site.root),
         "missed": night_score.missed[:50],
         "false": night_score.false[:50],
         "hops": hop_table(db),
@@ -259,6 +260,13 @@ def summary_lines(data: dict[str, Any]) -> list[str]:
         f"outcomes            {', '.join(f'{k} {v}' for k, v in data['outcomes'].items()) or 'none'}",
         f"wall time           {data['wall_s']} s",
     ]
+    if data["injected"]:
+        planted = data["injected"]
+        lines.insert(
+            -2,
+            f"planted sources     {planted['found']} of {planted['n']} found in {planted['visits']} visits: "
+            + ", ".join(f"mag {r['mag']:.1f} {r['found']}/{r['n']}" for r in planted["by_magnitude"]),
+        )
     for fault in data["faults"]:
         lines.append(f"fault               {fault}")
     for item in data["failures"][:5]:

@@ -7,7 +7,9 @@ purity when anything that changed or moved in the truth lies within the match ra
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -119,3 +121,32 @@ def score(
 
 def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
+
+
+def injected(root: Path) -> dict[str, Any] | None:
+    """Completeness of the planted sources of a site by magnitude; None when no visit carried any.
+
+    Parameters
+    ----------
+    root
+        Folder of the site.
+    """
+    from cumbre.orchestration.prompt_worker import INJECTED
+
+    files = [json.loads(path.read_text()) for path in sorted((root / INJECTED).glob("*.json"))]
+    fakes = [fake for item in files for fake in item["fakes"]]
+    if not fakes:
+        return None
+    mag, found = np.array([f["mag"] for f in fakes]), np.array([f["found"] for f in fakes], bool)
+    rows = []
+    for low in np.arange(np.floor(mag.min() * 2) / 2, mag.max() + 0.01, 0.5):
+        here = (mag >= low) & (mag < low + 0.5)
+        if here.any():
+            rows.append(
+                {"mag": float(low), "n": int(here.sum()), "found": int(found[here].sum()),
+                 "completeness": float(found[here].mean())}
+            )  # fmt: skip
+    return {
+        "visits": len({item["visit"] for item in files}), "n": len(fakes), "found": int(found.sum()),
+        "completeness": float(found.mean()), "by_magnitude": rows,
+    }  # fmt: skip
