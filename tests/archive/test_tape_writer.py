@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import subprocess
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from transfer_double import DETECTORS, hops, key_of, obs_id, until, write_image
@@ -19,8 +21,7 @@ from cumbre.bus import Bus
 from cumbre.core.configuration import Site
 from cumbre.core.errors import TransientError
 from cumbre.core.time import Clock
-from cumbre.stores.files import copy_verified, sha256_of
-from support.s3_double import S3Double
+from cumbre.stores.files import copy_verified, sha256_of, sha256_of_bytes
 
 SIZE = 30_000
 
@@ -249,58 +250,83 @@ def test_a_volume_that_does_not_read_back_is_written_again(
 
 
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Double]:
-    double = S3Double()
-    monkeypatch.setenv("S3_ENDPOINT_URL", double.url)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "tape")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "tape")
+def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A bucket with object lock: an S3 client's view of it."""
+    import boto3
+
+    monkeypatch.setenv("S3_ENDPOINT_URL", s3_server)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, os.environ.get(name, "testing"))
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    yield double
-    double.close()
+    client = boto3.client("s3", endpoint_url=s3_server)
+    name = f"tapes-{uuid4().hex[:8]}"
+    client.create_bucket(Bucket=name, ObjectLockEnabledForBucket=True)
+    yield Bucket(client, name)
+    client.close()
 
 
-def bucket_site(site: Site, **settings: Any) -> Site:
-    return with_place(site, "base", tape="s3://tapes/base", tape_volume_mb=0.1, **settings)
+class Bucket:
+    def __init__(self, client: Any, name: str) -> None:
+        self.client, self.name = client, name
+
+    def keys(self) -> list[str]:
+        """Every version of every object: a replaced one would be there twice."""
+        found = self.client.list_object_versions(Bucket=self.name).get("Versions", [])
+        return sorted(item["Key"] for item in found)
+
+    def volumes(self) -> list[str]:
+        return [key for key in self.keys() if key.endswith(".tar")]
+
+    def site(self, site: Site, **settings: Any) -> Site:
+        options = {"tape": f"s3://{self.name}/base", "tape_volume_mb": 0.1} | settings
+        return with_place(site, "base", **options)
 
 
 def test_a_bucket_gets_whole_locked_volumes_and_only_then_is_it_tape(
-    site: Site, bus: Bus, bucket: S3Double, start: Callable[..., TapeWriter]
+    site: Site, bus: Bus, bucket: Bucket, start: Callable[..., TapeWriter]
 ) -> None:
-    far = bucket_site(site, tape_lock_days=365.0, tape_close_s=1e9)
+    far = bucket.site(site, tape_lock_days=365.0, tape_close_s=1e9)
     writer = start(far)
     arrive(far, bus, 1)
-    drive(writer, lambda: ("tapes", "base/base-000001.tar.volume.json") in bucket.objects)
-    body, kept = bucket.objects["tapes", "base/base-000001.tar"]
-    assert kept["x-amz-object-lock-mode"] == "COMPLIANCE"
-    assert kept["x-amz-object-lock-retain-until-date"] > "2027"
+    drive(writer, lambda: len(taped(bus)) > 0)
+    assert bucket.keys() == [f"base/base-000001.tar{end}" for end in ("", ".index.jsonl", ".volume.json")]
+    head = bucket.client.head_object(Bucket=bucket.name, Key="base/base-000001.tar")
+    assert head["ObjectLockMode"] == "COMPLIANCE"
+    assert (head["ObjectLockRetainUntilDate"] - head["LastModified"]).days in (364, 365)
+    with pytest.raises(bucket.client.exceptions.ClientError, match="AccessDenied"):
+        bucket.client.delete_object(
+            Bucket=bucket.name, Key="base/base-000001.tar", VersionId=head["VersionId"]
+        )
+    body = bucket.client.get_object(Bucket=bucket.name, Key="base/base-000001.tar")["Body"].read()
     index, shelf = view_tape(far, "base")
-    assert (
-        f"sha256:{__import__('hashlib').sha256(body).hexdigest()}" == index.volumes["base-000001.tar"].sha256
-    )
+    assert sha256_of_bytes(body) == index.volumes["base-000001.tar"].sha256
     up = [entry for entry in index.entries.values() if entry.volume == "base-000001.tar"]
-    drive(writer, lambda: len(taped(bus)) == sum(entry.key.endswith(".fits") for entry in up))
+    assert len(taped(bus)) == sum(entry.key.endswith(".fits") for entry in up)
     assert not far.path("base/tape-open/base-000001.tar").exists()
     for entry in up:
         content = b"".join(shelf.blocks(entry.volume, entry.offset, entry.size))
         assert content == far.path(f"base/raw/{entry.key}").read_bytes()
-    assert [f"base/base-000001.tar{end}" for end in (".index.jsonl", "", ".volume.json")] == bucket.puts
+    assert b"".join(shelf.blocks("base-000001.tar")) == body
 
 
 def test_an_unfilled_volume_goes_up_when_its_time_has_come(
-    site: Site, bus: Bus, bucket: S3Double, start: Callable[..., TapeWriter]
+    site: Site, bus: Bus, bucket: Bucket, start: Callable[..., TapeWriter]
 ) -> None:
-    far = with_place(site, "base", tape="s3://tapes/base", tape_close_s=0.5)
+    far = bucket.site(site, tape_volume_mb=4096.0, tape_close_s=0.5)
     arrive(far, bus, 1)
     drive(start(far), lambda: taped(bus) == images(1))
-    assert [key for _, key in bucket.objects if key.endswith(".tar")] == ["base/base-000001.tar"]
+    assert bucket.volumes() == ["base/base-000001.tar"]
 
 
 def test_a_bucket_that_is_down_loses_nothing(
-    site: Site, bus: Bus, bucket: S3Double, start: Callable[..., TapeWriter]
+    site: Site, bus: Bus, bucket: Bucket, start: Callable[..., TapeWriter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    far = bucket_site(site, tape_close_s=0.5)
-    bucket.down = True
+    far = bucket.site(site, tape_close_s=0.5)
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        nobody = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    up = os.environ["S3_ENDPOINT_URL"]
+    monkeypatch.setenv("S3_ENDPOINT_URL", nobody)
     writer = start(far)
     for number in (1, 2):
         arrive(far, bus, number)
@@ -308,30 +334,31 @@ def test_a_bucket_that_is_down_loses_nothing(
     assert taped(bus) == set()
     writer.close()
     writer = start(far)  # killed and started again in the middle of it
-    drive(writer, lambda: not writer._queue or True)
-    bucket.down = False
+    writer.step(0.0)
+    assert (taped(bus), alarms(bus)) == (set(), [True])
+    monkeypatch.setenv("S3_ENDPOINT_URL", up)
     drive(writer, lambda: taped(bus) == images(1, 2) and alarms(bus) == [True, False])
-    puts = [key for key in bucket.puts if key.endswith(".tar")]
-    assert puts == sorted(set(puts))  # each once, in order
+    assert bucket.volumes() == sorted(set(bucket.volumes()))  # each once
 
 
 def test_an_object_with_another_content_is_never_replaced(
-    site: Site, bus: Bus, bucket: S3Double, start: Callable[..., TapeWriter]
+    site: Site, bus: Bus, bucket: Bucket, start: Callable[..., TapeWriter]
 ) -> None:
-    far = bucket_site(site, tape_close_s=0.5)
-    bucket.objects["tapes", "base/base-000001.tar"] = b"somebody else's", {}
+    far = bucket.site(site, tape_close_s=0.5)
+    bucket.client.put_object(Bucket=bucket.name, Key="base/base-000001.tar", Body=b"somebody else's")
     writer = start(far)
     arrive(far, bus, 1)
     drive(writer, lambda: alarms(bus) == [True])
     assert "the first one is kept" in bus.latest("Storage.alarm", key="tape-base").fields["message"]
-    assert bucket.objects["tapes", "base/base-000001.tar"][0] == b"somebody else's"
+    kept = bucket.client.get_object(Bucket=bucket.name, Key="base/base-000001.tar")["Body"].read()
+    assert kept == b"somebody else's"
     assert taped(bus) == set()
 
 
 def test_a_new_machine_finds_its_tape_in_the_bucket(
-    site: Site, bus: Bus, bucket: S3Double, start: Callable[..., TapeWriter], tmp_path: Path
+    site: Site, bus: Bus, bucket: Bucket, start: Callable[..., TapeWriter], tmp_path: Path
 ) -> None:
-    far = bucket_site(site, tape_close_s=0.5)
+    far = bucket.site(site, tape_close_s=0.5)
     arrive(far, bus, 1)
     writer = start(far)
     drive(writer, lambda: taped(bus) == images(1))
@@ -339,10 +366,9 @@ def test_a_new_machine_finds_its_tape_in_the_bucket(
     site.path("base/tape-open").rename(tmp_path / "burnt")
     site.path("base/taped").rename(tmp_path / "burnt too")
     tape = open_tape(far, "base", bus.clock)
-    assert {key for key in tape.index.entries if key.endswith(".fits")} == {
-        key_of(1, name) for name in DETECTORS
-    }
+    fits = {key for key in tape.index.entries if key.endswith(".fits")}
+    assert fits == {key_of(1, name) for name in DETECTORS}
     assert tape.read(key_of(1)) == far.path(f"base/raw/{key_of(1)}").read_bytes()
-    number = int(max(os.path.basename(k) for _, k in bucket.objects if k.endswith(".tar"))[5:11])
-    assert tape._number == number + 1
+    last = int(Path(bucket.volumes()[-1]).stem.rpartition("-")[2])
+    assert tape._number == last + 1
     tape.close()

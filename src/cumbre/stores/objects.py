@@ -106,7 +106,7 @@ class ObjectStore:
         Parameters
         ----------
         sha256
-            Checksum of the content, proven by the store while it takes the bytes.
+            Checksum of the content, proven before and, by servers that do so, while it takes the bytes.
         retain_until
             Object lock in compliance mode up to this time (S3; a bucket with object lock).
 
@@ -126,9 +126,12 @@ class ObjectStore:
         """
         if self._folder is not None:
             return self._put_new_file(self._path(key), content, sha256)
+        found = sha256_of(content) if isinstance(content, Path) else sha256_of_bytes(content)
+        _check(key, found, sha256)  # not every server proves what it is told
         client, bucket, name = self._client(key)
         digest = bytes.fromhex(normal_checksum(sha256).removeprefix("sha256:"))
         options: dict[str, Any] = {
+            "ChecksumAlgorithm": "SHA256",
             "ChecksumSHA256": base64.b64encode(digest).decode(),
             "Metadata": {"sha256": normal_checksum(sha256)},
         }
