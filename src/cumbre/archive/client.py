@@ -149,7 +149,7 @@ def _ask(
     return ReceivedImage(str(key), path, found, telemetry)
 
 
-def _telemetry(content: bytes | None) -> dict[str, Any]:
+def _telemetry(content: bytes | bytearray | None) -> dict[str, Any]:
     if not content:
         return {}
     try:

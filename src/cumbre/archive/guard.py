@@ -84,15 +84,18 @@ class Patience:
         self._until = 0.0
         self._stall_s = IDLE_S
         self._rest_s: float | None = None
+        self._applied_s = 0.0
 
     def for_frame(self, first_s: float = IDLE_S) -> None:
         """The next frame may take ``first_s`` to begin, then it must come soon."""
         self._until, self._stall_s, self._rest_s = time.monotonic() + first_s, first_s, FRAME_S
+        self._applied_s = 0.0
 
     def for_bytes(self, size: int) -> None:
         """The next ``size`` bytes may take their time, without long pauses."""
         self._until = time.monotonic() + STALL_S + size / LEAST_BYTES_PER_S
         self._stall_s, self._rest_s = STALL_S, None
+        self._applied_s = 0.0
 
     def recv_into(self, buffer: memoryview, /) -> int:
         """Fill a part of the buffer; 0 at the end of the stream.
@@ -106,7 +109,9 @@ class Patience:
         left = min(self._until - now, self._stall_s)
         if left <= 0:
             raise SlowPeerError("too slow: not complete in its time")
-        self._connection.settimeout(left)
+        if not 0.75 * self._applied_s <= left <= self._applied_s:  # a system call, too dear for each record
+            self._connection.settimeout(left)
+            self._applied_s = left
         try:
             got = self._connection.recv_into(buffer)
         except TimeoutError:

@@ -110,7 +110,7 @@ def encode_frame(body: dict[str, Any]) -> bytes:
     return HEAD.pack(MAGIC, len(raw), zlib.crc32(raw)) + raw
 
 
-def read_exactly(stream: Stream, count: int) -> bytes | None:
+def read_exactly(stream: Stream, count: int) -> bytearray | None:
     """``count`` bytes; None when the stream ends before the first.
 
     Raises
@@ -127,7 +127,7 @@ def read_exactly(stream: Stream, count: int) -> bytes | None:
                 return None
             raise ProtocolError(f"connection ended after {got} of {count} bytes")
         got += size
-    return bytes(buffer)
+    return buffer
 
 
 def read_frame(stream: Stream) -> dict[str, Any] | None:
@@ -146,7 +146,7 @@ def read_frame(stream: Stream) -> dict[str, Any] | None:
         raise ProtocolError(f"expected {MAGIC!r}, got {magic!r}")
     if length > MAX_BODY_BYTES:
         raise ProtocolError(f"frame of {length} bytes announced; at most {MAX_BODY_BYTES}")
-    raw = read_exactly(stream, length) if length else b""
+    raw = read_exactly(stream, length) if length else bytearray()
     if raw is None or zlib.crc32(raw) != crc:
         raise ProtocolError("frame damaged or cut short")
     try:

@@ -53,14 +53,22 @@ def receive_plain(stream: Stream, size: int, take: Callable[[memoryview], None])
     ProtocolError
         The stream ends before.
     """
+    # TLS gives 16 KiB at a time: a whole block is gathered before it is hashed and written.
     view = memoryview(bytearray(min(BLOCK_BYTES, size)))
-    left = size
-    while left:
-        got = stream.recv_into(view[: min(left, len(view))])
-        if got == 0:
-            raise ProtocolError(f"connection ended {left} bytes before the end")
-        left -= got
-        take(view[:got])
+    left, filled = size, 0
+    try:
+        while left:
+            got = stream.recv_into(view[filled : min(filled + left, len(view))])
+            if got == 0:
+                raise ProtocolError(f"connection ended {left} bytes before the end")
+            left -= got
+            filled += got
+            if filled == len(view):
+                filled = 0
+                take(view)
+    finally:
+        if filled:
+            take(view[:filled])
 
 
 def receive_packed(stream: Stream, size: int, take: Callable[[memoryview], None]) -> None:
@@ -72,6 +80,7 @@ def receive_packed(stream: Stream, size: int, take: Callable[[memoryview], None]
         A block is longer than allowed, damaged, or the stream ends before.
     """
     codec, left = None, size
+    block: bytes | bytearray | None
     while left:
         head = read_exactly(stream, PACKED_HEAD.size)
         if head is None:
