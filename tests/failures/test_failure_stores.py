@@ -62,6 +62,24 @@ def test_rotten_bytes_in_the_outage_buffer_are_not_sent(running):
     running.nothing_is_lost(taken)
 
 
+def test_bytes_that_rot_in_the_buffer_and_at_their_source_come_from_the_camera(running):
+    with running.fault("link_down", "summit-base"):
+        taken = running.take(1)
+        running.until(lambda: running.has("buffered", taken))
+        for store in ("raw", "buffer"):
+            for path in running.site.path(f"summit/{store}").rglob(f"{taken[0]}_R00_S00.fits"):
+                flip_bit(path, random.Random(6))
+    running.nothing_is_lost(taken)
+
+
+def test_a_file_that_rots_before_it_is_on_tape_goes_there_when_it_is_whole_again(running):
+    with running.fault("tape_away", "base/tape"):
+        taken = running.take(1)
+        running.until(lambda: running.has("at_archive", taken))
+        flip_bit(files(running, "base", taken[0])[1], random.Random(7))
+    running.nothing_is_lost(taken)
+
+
 @pytest.mark.parametrize("place", ["base", "archive"])
 def test_a_tape_that_is_away_is_written_when_it_is_back(running, place):
     with running.fault("tape_away", f"{place}/tape"):

@@ -165,8 +165,8 @@ class TapeWriter:
             key = RawKey.parse(str(path.relative_to(self._raw)))
         except ValueError as error:
             raise BadFileError(f"{path}: outside {self._raw}; only its files go to tape") from error
-        if self._is_known(str(key)):
-            return
+        if str(key) in self._on_way or self._journal.has(str(key), TAPED):
+            return  # one that was unusable is tried again: it is told anew when it was mended
         for sidecar in sorted(path.parent.glob("*.json")):
             self._found(sidecar, fields["groupId"])
         checksum = normal_checksum(fields["checksum"])
