@@ -78,3 +78,34 @@ def test_frames_of_years_ago_that_came_today_are_new_here(
     assert hops(bus, "deleted") == []
     service.close()
     ledger.close()
+
+
+@pytest.mark.parametrize("word", ["catch-up: found there", "shipped on disk 76c0e41808b6"])
+def test_copies_that_came_late_count_and_nothing_goes_before_them(
+    site: Site, bus: Bus, clock: Clock, database: Database, word: str
+) -> None:
+    """A site without tape: what the archive has proves that the summit's copy may go, whichever way it came."""
+    places = {name: place.model_copy(update={"tape": None}) for name, place in site.config.places.items()}
+    bare = Site(site.root, site.config.model_copy(update={"places": places}))
+    paths = write_image(bare, bus, 1)
+    common = {"obsId": obs_id(1), "instrument": "DemoCam", "exposureId": 2026112000001}
+    ledger = LedgerService(site=bare, bus=bus, db=database)
+    later = Clock(clock.tai0_s + 40 * DAY_S, clock.mono0_s, 1.0)
+    service = RetentionService(site=bare, bus=bus, clock=later, ledger=Ledger(database))
+
+    def arrive(place: str, detectors: range, **changed: object) -> int:
+        for index in detectors:
+            said = {
+                "detector": index, "detectorName": DETECTORS[index], "hop": f"at_{place}", "place": place,
+                "checksum": sha256_of(paths[index]), "message": word, "hopTai": bus.clock.now_tai_s(),
+            }  # fmt: skip
+            bus.publish("Image.hop", common | said | changed)
+        while ledger.step(0.05):
+            pass
+        return service.clean()
+
+    assert arrive("base", range(4)) == 0  # nothing at the archive yet
+    assert arrive("archive", range(1), checksum="sha256:" + "0" * 64) == 0  # another content there
+    assert arrive("archive", range(1, 3)) == 2
+    assert [path.exists() for path in paths] == [True, False, False, True]
+    ledger.close()

@@ -26,6 +26,7 @@ def query(folder: Path, as_json: bool, limit: int, words: tuple[str, ...]) -> No
     cumbre query ledger where OBS_ID        every copy and hop of an image
     cumbre query ledger missing [PLACE]     what is not yet at a place (archive)
     cumbre query ledger why OBS_ID          where each detector stands, and why
+    cumbre query ledger night DAY_OBS       expected, written, transferred, missing, resent
     cumbre query "SELECT * FROM ledger.image"
 
     \b
@@ -37,7 +38,8 @@ def query(folder: Path, as_json: bool, limit: int, words: tuple[str, ...]) -> No
 
     site = Site.load(folder)
     db = site_database(site)
-    rows = _ledger(db, words[1:]) if words[0] == "ledger" else select(db, " ".join(words), limit)
+    tapes = [f"{name}_tape" for name, place in site.config.places.items() if place.tape]
+    rows = _ledger(db, words[1:], tapes) if words[0] == "ledger" else select(db, " ".join(words), limit)
     if as_json:
         print_json(rows)
     else:
@@ -71,7 +73,7 @@ def select(db: Any, sql: str, limit: int) -> list[dict[str, Any]]:
     return rows[:limit]
 
 
-def _ledger(db: Any, words: tuple[str, ...]) -> list[dict[str, Any]]:
+def _ledger(db: Any, words: tuple[str, ...], tapes: list[str]) -> list[dict[str, Any]]:
     from cumbre.ledger import Ledger
 
     ledger = Ledger(db)
@@ -81,12 +83,16 @@ def _ledger(db: Any, words: tuple[str, ...]) -> list[dict[str, Any]]:
         return list(ledger.summary(int(argument) if argument else None))
     if verb == "missing":
         return list(ledger.missing(argument or "archive"))
+    if verb == "night" and argument and argument.isdigit():
+        return [ledger.night(int(argument), tapes)]
     if verb in ("where", "why") and argument:
         if verb == "where":
             return list(ledger.where(argument))
         answer = ledger.why(argument)
         return [item if isinstance(item, dict) else {"why": item} for item in answer]
-    raise UserError("ledger: expected where OBS_ID, why OBS_ID, missing [PLACE] or summary [DAY_OBS]")
+    raise UserError(
+        "ledger: expected where OBS_ID, why OBS_ID, missing [PLACE], summary [DAY_OBS] or night DAY_OBS"
+    )
 
 
 def _table(rows: list[dict[str, Any]]) -> None:
