@@ -55,7 +55,10 @@ def rows_of(first: int, count: int, total: int) -> pa.Table:
     for band in "ugrizy":
         data[f"{band}_mag"] = rng.normal(22, 2, count).astype(np.float32)
     data |= {"pm_ra": rng.normal(size=count), "pm_dec": rng.normal(size=count)}
-    data |= {"visits": rng.integers(0, 900, count).astype(np.int32), "extended": rng.uniform(size=count) < 0.3}
+    data |= {
+        "visits": rng.integers(0, 900, count).astype(np.int32),
+        "extended": rng.uniform(size=count) < 0.3,
+    }
     return pa.table(data)
 
 
@@ -79,7 +82,9 @@ def fill_postgres(db: Database, parquet: Path) -> None:
     if db.execute("SELECT to_regclass('cat.ready')")[0][0]:
         return
     listed = ", ".join(f'"{c.stored_name}" {_KINDS[c.datatype]}' for c in COLUMNS)
-    db.execute(f"DROP SCHEMA IF EXISTS cat CASCADE; CREATE SCHEMA cat; CREATE UNLOGGED TABLE cat.object ({listed})")
+    db.execute(
+        f"DROP SCHEMA IF EXISTS cat CASCADE; CREATE SCHEMA cat; CREATE UNLOGGED TABLE cat.object ({listed})"
+    )
     for batch in pq.ParquetFile(parquet).iter_batches(CHUNK):
         part = pa.Table.from_batches([batch])
         db.copy("cat.object", part.column_names, part)
@@ -156,7 +161,7 @@ class Bench:
             adql = f"SELECT * FROM {schema}.object WHERE 1 = CONTAINS(POINT(ra, dec), CIRCLE({ra}, {dec}, {radius}))"
             begin = time.perf_counter()
             result = run(adql, tables=self.tables, engines=self.engines, limits=LIMITS)
-            write(result, "votable", lambda piece: None)
+            write(result, "votable", len)
             ours.append(time.perf_counter() - begin)
             found += result.rows
             begin = time.perf_counter()
@@ -228,7 +233,11 @@ def measure(bench: Bench) -> dict[str, Any]:
             figures[f"cone {radius:.3g} deg, {schema}"] = bench.cones(schema, radius)
     figures["BINARY2 from PostgreSQL"] = bench.document(everything.format("pg"), "votable")
     for form in ("votable", "votable-tabledata", "parquet", "fits", "csv", "json"):
-        some = everything.format("files") if form in ("votable", "parquet") else "SELECT TOP 1000000 * FROM files.object"
+        some = (
+            everything.format("files")
+            if form in ("votable", "parquet")
+            else "SELECT TOP 1000000 * FROM files.object"
+        )
         figures[f"{form} from Parquet"] = bench.document(some, form)
     figures["scan and aggregate"] = bench.scan()
     for schema in ("files", "pg"):
@@ -260,7 +269,10 @@ def main() -> None:
         json.dump(figures, sys.stdout, indent=1)
         return
     for name, value in figures.items():
-        print(f"{name:32}", ", ".join(f"{k} {v:,}" for k, v in value.items()) if isinstance(value, dict) else value)
+        print(
+            f"{name:32}",
+            ", ".join(f"{k} {v:,}" for k, v in value.items()) if isinstance(value, dict) else value,
+        )
 
 
 if __name__ == "__main__":

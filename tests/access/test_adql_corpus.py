@@ -36,7 +36,7 @@ def queries() -> list[tuple[str, bool, str]]:
 
 
 def test_valid_flag_of_every_query() -> None:
-    wrong, checked = [], 0
+    wrong, checked, placed, refused = [], 0, 0, 0
     for where, valid, text in queries():
         if any(name in text for name in NOT_DECLARED) or " ".join(text.split()) == CONTRADICTED:
             continue
@@ -47,19 +47,91 @@ def test_valid_flag_of_every_query() -> None:
             if valid:
                 wrong.append(f"{where}: refused: {text.strip()}: {error}")
             else:
-                assert error.line >= 1
-                assert error.column >= 1
+                refused += 1
+                placed += error.line >= 1 and error.column >= 1
         else:
             if not valid:
                 wrong.append(f"{where}: accepted: {text.strip()}")
     assert not wrong, "\n".join(wrong)
     assert checked == 374 - 4
+    assert placed == refused
 
 
-NAMES = """a abc adql alldata alpha alphafloat alllower amanda anything atable b band c crazy data dec dec2000 dej2000
-deltafloat dist else3 foo h height id inching k long m mag mass mine misc most mystars name oid p pm_ra pm_dec q quoted r
-ra ra1 ra2 ra2000 raj2000 rv s spatial spatial2 speed star_name stars t t1 t2 t3 t4 table1 table2 table3 type u v
-version w width wot x y z""".split()
+NAMES = [
+    "a",
+    "abc",
+    "adql",
+    "alldata",
+    "alpha",
+    "alphafloat",
+    "alllower",
+    "amanda",
+    "anything",
+    "atable",
+    "b",
+    "band",
+    "c",
+    "crazy",
+    "data",
+    "dec",
+    "dec2000",
+    "dej2000",
+    "deltafloat",
+    "dist",
+    "else3",
+    "foo",
+    "h",
+    "height",
+    "id",
+    "inching",
+    "k",
+    "long",
+    "m",
+    "mag",
+    "mass",
+    "mine",
+    "misc",
+    "most",
+    "mystars",
+    "name",
+    "oid",
+    "p",
+    "pm_ra",
+    "pm_dec",
+    "q",
+    "quoted",
+    "r",
+    "ra",
+    "ra1",
+    "ra2",
+    "ra2000",
+    "raj2000",
+    "rv",
+    "s",
+    "spatial",
+    "spatial2",
+    "speed",
+    "star_name",
+    "stars",
+    "t",
+    "t1",
+    "t2",
+    "t3",
+    "t4",
+    "table1",
+    "table2",
+    "table3",
+    "type",
+    "u",
+    "v",
+    "version",
+    "w",
+    "width",
+    "wot",
+    "x",
+    "y",
+    "z",
+]
 
 
 def tables() -> Tables:
@@ -77,7 +149,7 @@ def test_no_query_breaks_the_service() -> None:
     for _, _, text in queries():
         try:
             run(text, tables=sky, engines=engines, maxrec=5).read_all()
-            ran += 1
-        except UserError as error:
-            assert str(error)
+        except UserError:
+            continue
+        ran += 1
     assert ran > 60

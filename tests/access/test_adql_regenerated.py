@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-
 import pyarrow as pa
 import pytest
 import sqlglot
+from access_data import COLUMNS, others, stars
 from sqlglot import exp
 
-from access_data import COLUMNS, others, stars
 from cumbre.access.adql.signatures import ARGUMENTS
 from cumbre.access.planner import make_plan
 from cumbre.access.tables import Table, Tables
-from cumbre.access.uploads import upload_table, with_uploads
+from cumbre.access.uploads import with_uploads
 from cumbre.access.user import ANYBODY
 
 UPLOAD = pa.table({"n": [1], "ra": [1.0], "dec": [2.0], "name": ["x"]})
@@ -70,7 +69,7 @@ def calls() -> list[str]:
 def test_one_select_and_nothing_else(engine: str, call: str) -> None:
     adql = f"""SELECT TOP 5 {call} AS "na""me; DROP", s.night FROM stars AS s
         JOIN mine AS u ON DISTANCE(s.ra, s.dec, u.ra, u.dec) < 0.1 WHERE s.id IN (1, 2) GROUP BY {{}} ORDER BY 2"""
-    aggregate = call.split("(")[0] in ("AVG", "COUNT", "MAX", "MIN", "SUM", "STDDEV", "MEDIAN")
+    aggregate = call.split("(", maxsplit=1)[0] in ("AVG", "COUNT", "MAX", "MIN", "SUM", "STDDEV", "MEDIAN")
     adql = adql.format("s.night") if aggregate else adql.replace(" GROUP BY {}", "")
     sql = make_plan(adql, tables=tables(engine), user=ANYBODY).sql(100)
     statements = sqlglot.parse(sql, read=engine)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
-
 from access_data import Place, in_files, in_postgres, sky
+
 from cumbre.access.adql.errors import AdqlError
 from cumbre.access.planner import make_plan
 from cumbre.access.user import ANYBODY

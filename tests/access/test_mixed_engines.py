@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pyarrow as pa
 import pytest
-
 from access_data import Place, in_files, in_postgres, sky
+
 from cumbre.access.engines import Engines
 from cumbre.access.limits import Limits, QueryTooBigError
 from cumbre.access.planner import make_plan

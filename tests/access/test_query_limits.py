@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import psutil
 import pyarrow as pa
 import pytest
-
 from access_data import Place, in_files, in_postgres
+
 from cumbre.access.engines.postgres import PostgresReader
 from cumbre.access.limits import Limits, QueryCancelledError, QueryTimeoutError, QueryTooBigError, Watch
 from cumbre.access.query import run
@@ -98,7 +98,10 @@ def test_a_result_left_half_read_leaves_nothing_behind(place: Place) -> None:
 
 def test_cancel_ends_the_query_in_the_server(database: Database) -> None:
     place = in_postgres(database)
-    running = "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND query LIKE 'COPY (SELECT%%' AND datname = current_database()"
+    running = (
+        "SELECT count(*) FROM pg_stat_activity"
+        " WHERE state = 'active' AND query LIKE 'COPY (SELECT%%' AND datname = current_database()"
+    )
 
     def wait_for(number: int) -> None:
         end = time.monotonic() + 20
@@ -107,7 +110,12 @@ def test_cancel_ends_the_query_in_the_server(database: Database) -> None:
             time.sleep(0.02)
 
     result = start(place, LONG, limits=Limits(seconds=60))
-    thread = threading.Thread(target=lambda: pytest.raises(QueryCancelledError, result.read_all))
+
+    def read() -> None:
+        with pytest.raises(QueryCancelledError):
+            result.read_all()
+
+    thread = threading.Thread(target=read)
     thread.start()
     wait_for(1)
     result.cancel()
@@ -118,7 +126,7 @@ def test_cancel_ends_the_query_in_the_server(database: Database) -> None:
 
 def test_memory_of_duckdb(tmp_path_factory: pytest.TempPathFactory) -> None:
     place = in_files(tmp_path_factory.mktemp("memory"))
-    with pytest.raises(QueryTooBigError, match="memory|bytes|limit"):
+    with pytest.raises(QueryTooBigError, match=r"memory|bytes|limit"):
         start(
             place, "SELECT a.ra * b.ra AS x, COUNT(*) FROM stars a, stars b GROUP BY x ORDER BY x",
             limits=Limits(memory_mb=64, bytes=64 << 20),

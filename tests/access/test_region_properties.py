@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 import pytest
+from access_data import Place, in_files, in_postgres, sky
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from access_data import Place, in_files, in_postgres, sky
 from support.pg import fresh_database
 
 EDGE_DEG = 1e-8

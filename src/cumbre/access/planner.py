@@ -99,7 +99,7 @@ def make_plan(adql: str, *, tables: Tables, user: User) -> Plan:
         It is wrong; where, and what to do.
     """
     statement = parse(adql)
-    used = _tables_of(adql, statement, tables, user)
+    used = _tables_of(statement, tables, user)
     in_postgres = any(table.engine == "postgres" for table in used)
     in_files = any(table.engine == "parquet" for table in used)
     in_memory = sum(table.rows or 0 for table in used if table.engine == "arrow")
@@ -155,7 +155,7 @@ class _Planner:
         assert cover is not None
         if self.dialect.name != "postgres":
             around = f"adql_neighbourhood({cover.order}, {cover.ra_sql}, {cover.dec_sql})"
-            return f"SELECT {alias}.*, unnest({around}) AS adql_pixel FROM {relation.source} AS {alias}"
+            return f"SELECT {alias}.*, unnest({around}) AS adql_pixel FROM {relation.source} AS {alias}"  # noqa: S608
         assert relation.table is not None
         name = f"adql_cover_{alias}"
         memory = self.memories[relation.table.full_name]
@@ -208,7 +208,7 @@ class _Planner:
             return  # it names a merged column of a join: the other engine checks it
 
 
-def _tables_of(text: str, statement: tree.Statement, tables: Tables, user: User) -> list[Table]:
+def _tables_of(statement: tree.Statement, tables: Tables, user: User) -> list[Table]:
     """Every table that a statement names."""
     named = [name for name, _, _ in statement.names]
     found: dict[str, Table] = {}

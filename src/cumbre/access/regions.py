@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 type Vector = tuple[float, float, float]
 type Numbers = Sequence[float]
@@ -64,7 +65,7 @@ def area(shape: str, numbers: Numbers) -> float:
         return 2 * math.pi * (1 - math.cos(math.radians(min(max(numbers[2], 0.0), 180.0)))) * _SQUARE
     polygon = corners(numbers)
     first, total = polygon[0], 0.0
-    for second, third in zip(polygon[1:], polygon[2:], strict=False):
+    for second, third in pairwise(polygon[1:]):
         below = 1 + dot(first, second) + dot(second, third) + dot(third, first)
         total += 2 * math.atan2(dot(first, cross(second, third)), below)
     return abs(total) * _SQUARE

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar, override
+
 from cumbre.access.tables import Column
 
 
@@ -14,6 +16,7 @@ def literal(text: str) -> str:
     """A string in single quotes; both engines take backslashes as they are."""
     return "'" + text.replace("'", "''") + "'"
 
+
 POLYGON_TEXT = "POLYGON ICRS "
 """How a stored polygon begins when it is published as text (STC-S)."""
 
@@ -22,7 +25,7 @@ class Dialect:
     """What both engines share; each method gives a piece of SQL that is whole in itself (parentheses, calls)."""
 
     name = ""
-    TYPES: dict[str, str] = {}
+    TYPES: ClassVar[dict[str, str]] = {}
 
     def type_of(self, column: Column) -> str:
         """SQL type of a column."""
@@ -125,51 +128,63 @@ class Postgres(Dialect):
     """PostgreSQL."""
 
     name = "postgres"
-    TYPES = {
+    TYPES: ClassVar[dict[str, str]] = {
         "boolean": "boolean", "unsignedByte": "smallint", "short": "smallint", "int": "integer",
         "long": "bigint", "float": "real", "double": "double precision", "char": "text", "unicodeChar": "text",
         "null": "text",
     }  # fmt: skip
 
+    @override
     def number(self, value: float) -> str:
         return f"'{value!r}'::float8"
 
+    @override
     def string(self, text: str) -> str:
         return f"CAST({literal(text)} AS text)"
 
+    @override
     def divide(self, left: str, right: str, *, integer: bool) -> str:
         return f"({left} / NULLIF({right}, 0))"
 
+    @override
     def round(self, sql: str, digits: str | None) -> str:
         return self.double(
             f"round(CAST({sql} AS numeric), {f'CAST({digits} AS integer)' if digits else '0'})"
         )
 
+    @override
     def truncate(self, sql: str, digits: str | None) -> str:
         return self.double(
             f"trunc(CAST({sql} AS numeric), {f'CAST({digits} AS integer)' if digits else '0'})"
         )
 
+    @override
     def mod(self, left: str, right: str, *, integer: bool) -> str:
         if integer:
             return f"({left} % NULLIF({right}, 0))"
         return self.double(f"mod(CAST({left} AS numeric), NULLIF(CAST({right} AS numeric), 0))")
 
+    @override
     def median(self, sql: str) -> str:
         return f"percentile_cont(0.5) WITHIN GROUP (ORDER BY {self.double(sql)})"
 
+    @override
     def like(self, value: str, pattern: str, *, ignore_case: bool) -> str:
         return f"{value} {'ILIKE' if ignore_case else 'LIKE'} {pattern} ESCAPE ''"
 
+    @override
     def timestamp(self, sql: str) -> str:
         return f"to_char(CAST({sql} AS timestamp), 'YYYY-MM-DD\"T\"HH24:MI:SS.MS')"
 
+    @override
     def array(self, items: list[str]) -> str:
         return f"CAST(ARRAY[{', '.join(items)}] AS double precision[])"
 
+    @override
     def numbers_of_text(self, sql: str) -> str:
         return f"CAST(string_to_array(trim({sql}), ' ') AS double precision[])"
 
+    @override
     def stored(self, alias: str, column: Column) -> str:
         plain = f"{alias}.{quote(column.stored_name)}"
         if column.storage == "timestamptz":
@@ -178,12 +193,15 @@ class Postgres(Dialect):
             return f"('{POLYGON_TEXT}' || array_to_string({plain}, ' '))"
         return plain
 
+    @override
     def corners(self, alias: str, column: Column) -> str:
         return f"{alias}.{quote(column.stored_name)}"
 
+    @override
     def region(self, name: str, arguments: list[str]) -> str:
         return f"adql.{name}({', '.join(arguments)})"
 
+    @override
     def healpix(self, order: str, lon: str, lat: str) -> str:
         return f"adql.healpix({order}, {self.double(lon)}, {self.double(lat)})"
 
@@ -192,25 +210,30 @@ class DuckDB(Dialect):
     """DuckDB."""
 
     name = "duckdb"
-    TYPES = {
+    TYPES: ClassVar[dict[str, str]] = {
         "boolean": "BOOLEAN", "unsignedByte": "UTINYINT", "short": "SMALLINT", "int": "INTEGER",
         "long": "BIGINT", "float": "FLOAT", "double": "DOUBLE", "char": "VARCHAR", "unicodeChar": "VARCHAR",
         "null": "VARCHAR",
     }  # fmt: skip
 
+    @override
     def number(self, value: float) -> str:
         text = repr(value)
         return text if "e" in text else text + "e0"
 
+    @override
     def string(self, text: str) -> str:
         return literal(text)
 
+    @override
     def divide(self, left: str, right: str, *, integer: bool) -> str:
         return f"({left} // NULLIF({right}, 0))" if integer else f"({left} / NULLIF({right}, 0))"
 
+    @override
     def round(self, sql: str, digits: str | None) -> str:
         return f"round({self.double(sql)}, {f'CAST({digits} AS INTEGER)' if digits else '0'})"
 
+    @override
     def truncate(self, sql: str, digits: str | None) -> str:
         if digits is None:
             return f"trunc({self.double(sql)})"
@@ -218,28 +241,36 @@ class DuckDB(Dialect):
         power = f"power(10e0, CAST({digits} AS INTEGER))"
         return f"(trunc(round({self.double(sql)} * {power}, 6)) / {power})"
 
+    @override
     def mod(self, left: str, right: str, *, integer: bool) -> str:
         if integer:
             return f"({left} % NULLIF({right}, 0))"
         return f"mod({self.double(left)}, NULLIF({self.double(right)}, 0))"
 
+    @override
     def median(self, sql: str) -> str:
         return f"median({self.double(sql)})"
 
+    @override
     def like(self, value: str, pattern: str, *, ignore_case: bool) -> str:
         return f"{value} {'ILIKE' if ignore_case else 'LIKE'} {pattern}"
 
+    @override
     def timestamp(self, sql: str) -> str:
         return f"strftime(CAST({sql} AS TIMESTAMP), '%Y-%m-%dT%H:%M:%S.%g')"
 
+    @override
     def array(self, items: list[str]) -> str:
         return f"CAST([{', '.join(items)}] AS DOUBLE[])"
 
+    @override
     def numbers_of_text(self, sql: str) -> str:
         return f"CAST(string_split(trim({sql}), ' ') AS DOUBLE[])"
 
+    @override
     def region(self, name: str, arguments: list[str]) -> str:
         return f"adql_{name}({', '.join(arguments)})"
 
+    @override
     def healpix(self, order: str, lon: str, lat: str) -> str:
         return f"adql_healpix(CAST({order} AS INTEGER), {self.double(lon)}, {self.double(lat)})"

@@ -137,7 +137,7 @@ class GeometryBinder:
                     raise self.error(
                         node.at, "REGION takes a string that is known", "REGION('CIRCLE ICRS 10 20 1')"
                     )
-                return self._constant_geometry(node, value.text)
+                return self._constant_geometry(value.text)
             case "CENTROID":
                 return self._centroid(node)
             case "CONTAINS" | "INTERSECTS":
@@ -157,7 +157,7 @@ class GeometryBinder:
             return Polygon(tuple(Point(a, b) for a, b in zip(numbers[::2], numbers[1::2], strict=True)))
         return Polygon(tuple(self.point(node, (argument,)) for argument in arguments))
 
-    def _constant_geometry(self, node: tree.Expression, text: str) -> Geometry:
+    def _constant_geometry(self, text: str) -> Geometry:
         shape, numbers = parse_region(text)
         values = [
             Value(self.dialect.number(n), Column("", "double", unit="deg"), constant=n) for n in numbers
@@ -176,7 +176,7 @@ class GeometryBinder:
         value = self.value(node.value)
         kind = node.kind.lower()
         if value.text is not None:
-            return self._constant_geometry(node, f"{kind} {value.text}")
+            return self._constant_geometry(f"{kind} {value.text}")
         if not (value.string or value.null):
             raise self.error(
                 node.at, f"CAST of {value.kind} to {node.kind}", "it takes text like '12.3 45.6'"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import override
 
 from cumbre.access.adql import functions as f
 from cumbre.access.adql import tree
@@ -173,7 +174,7 @@ class QueryBinder(ExpressionBinder):
             parts.append(f"{value} AS c{i}")
         if all(part == f"s.c{i} AS c{i}" for i, part in enumerate(parts, 1)):
             return f"({bound.whole()})"
-        return f"(SELECT {', '.join(parts)} FROM ({bound.whole()}) AS s)"
+        return f"(SELECT {', '.join(parts)} FROM ({bound.whole()}) AS s)"  # noqa: S608 (regenerated)
 
     def _ordinal(self, node: tree.Expression, columns: list[Column]) -> int | None:
         """Number of the column of a result that an ORDER BY key names."""
@@ -211,7 +212,7 @@ class QueryBinder(ExpressionBinder):
             f"{value.sql if not value.null else f'CAST(NULL AS {self.dialect.TYPES["null"]})'} AS c{i}"
             for i, (_, value) in enumerate(items, 1)
         ]
-        sql = f"SELECT {'DISTINCT ' if node.distinct else ''}{', '.join(parts)} FROM {render()}"
+        sql = f"SELECT {'DISTINCT ' if node.distinct else ''}{', '.join(parts)} FROM {render()}"  # noqa: S608 (regenerated)
         if where:
             sql += f" WHERE {' AND '.join(value.sql for value in where)}"
         if groups:
@@ -389,7 +390,7 @@ class QueryBinder(ExpressionBinder):
         if node.kind == "CROSS":
             return lambda: f"({left()} CROSS JOIN {right()})"
         if node.natural or node.using:
-            condition = self._merge(node, first, middle_visible, lefts, rights)
+            condition = self._merge(node, middle_visible, lefts)
         elif node.on is not None:
             values = self._on(node, lefts, rights)
             condition = " AND ".join(value.sql for value in values)
@@ -412,9 +413,7 @@ class QueryBinder(ExpressionBinder):
             raise self.error(node.on.at, "an aggregate in ON")
         return values
 
-    def _merge(
-        self, node: tree.Join, first: int, middle: int, lefts: frozenset[str], rights: frozenset[str]
-    ) -> str:
+    def _merge(self, node: tree.Join, middle: int, lefts: frozenset[str]) -> str:
         """USING and NATURAL: equal columns become one."""
         visible = self.scope.visible
         left_side = [v for v in visible[:middle] if v.relations & lefts]
@@ -472,6 +471,7 @@ class QueryBinder(ExpressionBinder):
         self.pushed = None
         return values
 
+    @override
     def match_pixels(self, node: tree.Expression, one: Point, other: Point, radius: Value) -> str | None:
         """Equal pixels for a match: one relation gets a row for each pixel around, the other is looked up."""
         pushed = self.pushed
@@ -520,16 +520,19 @@ class QueryBinder(ExpressionBinder):
 
     # -- queries inside expressions --
 
+    @override
     def scalar_query(self, query: tree.Query, at: int) -> Value:
         bound = self._query(query, self.scope)
         if len(bound.columns) != 1:
             raise self.error(at, f"a query used as a value has {len(bound.columns)} columns", "select one")
         return Value(f"({bound.whole()})", replace(bound.columns[0], name=bound.columns[0].name))
 
+    @override
     def exists(self, query: tree.Query) -> Value:
         bound = self._query(query, self.scope)
         return Value(f"(EXISTS ({bound.whole()}))", f.BOOLEAN)
 
+    @override
     def in_query(self, query: tree.Query, at: int) -> tuple[str, Value]:
         bound = self._query(query, self.scope)
         if len(bound.columns) != 1:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from cumbre.access.adql.errors import AdqlError
 from cumbre.access.adql.words import RESERVED
@@ -28,8 +27,7 @@ _TOKEN = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     """One token: ``value`` is the word in capitals, the name or string without quotes, or the text."""
 
     kind: Kind
@@ -81,7 +79,7 @@ def tokenize(text: str) -> list[Token]:
                 line, column = place_of(text, start)
                 raise AdqlError(
                     f"more than {MAX_DEPTH} parentheses inside each other",
-                    remedy="write the query flatter, or use WITH", line=line, column=column, token="(",
+                    remedy="write the query flatter, or use WITH", line=line, column=column, token=raw,
                 )  # fmt: skip
             tokens.append(Token("operator", raw, raw, start))
         elif kind == "number":

@@ -29,7 +29,7 @@ def copy_rows(link: psycopg.Connection[Any], statement: bytes) -> Iterator[list[
     try:
         result = _result(pgconn)
         if result is None or result.status != ExecStatus.COPY_OUT:
-            _raise(result, link)
+            _raise(result)
         rows: list[Any] = []
         append, get = rows.append, pgconn.get_copy_data
         while True:
@@ -50,7 +50,7 @@ def copy_rows(link: psycopg.Connection[Any], statement: bytes) -> Iterator[list[
         result = _result(pgconn)
         finished = True
         if result is None or result.status != ExecStatus.COMMAND_OK:
-            _raise(result, link)
+            _raise(result)
     finally:
         if not finished:
             _abandon(link)
@@ -78,7 +78,7 @@ def _result(pgconn: PGconn) -> PGresult | None:
     return pgconn.get_result()
 
 
-def _raise(result: PGresult | None, link: psycopg.Connection[Any]) -> None:
+def _raise(result: PGresult | None) -> None:
     if result is None:
         raise psycopg.OperationalError("the server gave no answer to COPY")
     raise psycopg.errors.error_from_result(result, encoding="utf-8")

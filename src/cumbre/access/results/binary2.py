@@ -45,7 +45,7 @@ def _nulls(array: pa.Array) -> NDArray[np.bool_] | None:
 def _numbers(array: pa.Array, column: Column) -> NDArray[Any]:
     """Values as on the wire; NaN or 0 where null."""
     if column.datatype == "boolean":
-        truth = np.asarray(array.fill_null(False).to_numpy(zero_copy_only=False))  # noqa: FBT003
+        truth = np.asarray(array.fill_null(False).to_numpy(zero_copy_only=False))
         out = np.where(truth, b"T", b"F")
         if array.null_count:
             out[np.asarray(array.is_null().to_numpy(zero_copy_only=False))] = b"?"

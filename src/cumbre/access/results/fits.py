@@ -152,7 +152,7 @@ def _encode(
                     if item is not None:
                         values[row, k] = (b"T" if item else b"F") if column.datatype == "boolean" else item
         elif column.datatype == "boolean":
-            truth = np.asarray(array.fill_null(False).to_numpy(zero_copy_only=False))  # noqa: FBT003
+            truth = np.asarray(array.fill_null(False).to_numpy(zero_copy_only=False))
             text = np.where(truth, b"T", b"F")
             text[np.asarray(array.is_null().to_numpy(zero_copy_only=False))] = b"\0"
             rows[f"v{i}"] = text

@@ -49,7 +49,6 @@ def _floats(array: pa.Array) -> pa.Array:
 
 def encode_rows(batch: pa.RecordBatch, columns: tuple[Column, ...]) -> bytes:
     """Rows as ``<TR><TD>…</TD></TR>``; an empty cell is null."""
-    import pyarrow as pa
     import pyarrow.compute as pc
 
     cells = []

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from cumbre.access.query import Result
     from cumbre.access.results.formats import Write
 
+_NAMESPACE = "http://www.ivoa.net/xml/VOTable/v1.3"
+_INSTANCE = "http://www.w3.org/2001/XMLSchema-instance"
 _LINE = 3 * 16384
 """Bytes of one line of base64 before it is encoded."""
 
@@ -24,8 +26,7 @@ def header(columns: tuple[Column, ...], info: Mapping[str, str], version: str = 
     """The beginning of a document, up to the fields."""
     lines = [
         '<?xml version="1.0" encoding="UTF-8"?>',
-        f'<VOTABLE version="{version}" xmlns="http://www.ivoa.net/xml/VOTable/v1.3"'
-        ' xmlns:xsi="http://www.w3.org/2001/XMLSchema-instance">',
+        f'<VOTABLE version="{version}" xmlns="{_NAMESPACE}" xmlns:xsi="{_INSTANCE}">',
         '<RESOURCE type="results">',
         '<INFO name="QUERY_STATUS" value="OK"/>',
     ]
