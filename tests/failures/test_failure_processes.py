@@ -12,7 +12,8 @@ from cumbre.site.supervisor import start_detached
 
 ROLES = (
     "ledger", "headers", "writer-1", "writer-2", "replicator-1", "wan-summit-base", "base-1", "tape-base",
-    "forwarder-1", "wan-base-archive", "archive-1", "tape-archive", "catch-up", "scrub",
+    "forwarder-1", "wan-base-archive", "archive-1", "tape-archive", "catch-up", "scrub", "control-base",
+    "control-base-spare", "control-archive",
 )  # fmt: skip
 
 
