@@ -16,7 +16,8 @@ from cumbre.site.profiles import create_site
 def site(tmp_path: Path) -> Site:
     """A site whose links have one pair; more in the tests of pairs."""
     path = create_site(tmp_path / "site").path("site.yaml")
-    path.write_text(path.read_text().replace("- {source:", "- {pairs: 1, source:"))
+    text = path.read_text().replace("- {source:", "- {pairs: 1, source:")
+    path.write_text(text.replace("control: true", "control: false"))
     return Site.load(path.parent)
 
 

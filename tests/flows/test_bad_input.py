@@ -142,6 +142,7 @@ def prepared(root: Path):
     path = root / SITE_FILE
     text = path.read_text().replace("tiles: 3", "tiles: 1").replace("workers: 2", "workers: 1")
     text = text.replace("deadline_s: 60", f"deadline_s: 900\n  image_timeout_s: {IMAGE_TIMEOUT_S}")
+    text = text.replace("control: true", "control: false")
     path.write_text(f"{text}roles: [{ROLES}]\n")
     site = Site.load(root)
     sky = prepare_sky(site)

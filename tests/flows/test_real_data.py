@@ -196,6 +196,7 @@ def site(tmp_path):
         path.read_text()
         .replace("latency_ms: 60", "latency_ms: 0")
         .replace("latency_ms: 1,", "latency_ms: 0,")
+        .replace("control: true", "control: false")
     )
     path.write_text(f"{text}roles: [{roles}]\n")
     made = Site.load(root)

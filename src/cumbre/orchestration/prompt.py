@@ -172,6 +172,8 @@ class PromptService:
             return False
         if self.state.knows(group_id) or (self._leader.is_enabled and self._leader.mode_processes):
             return True
+        if not group_id:
+            return False  # no group to remember it by
         self._declined[group_id] = now_tai
         if len(self._declined) > 10_000:
             self._declined = {g: t for g, t in self._declined.items() if now_tai - t < EXPIRY_S}

@@ -34,6 +34,12 @@ if TYPE_CHECKING:
 log = logging.getLogger("cumbre")
 
 CONTROL_FILE = "night.json"
+NEEDED_ROLE = {
+    "CatchUpArchiver": "catch-up",
+    "EfdReplicator": "efd-replicator",
+    "AlertProductionCluster": "prompt",
+}
+"""Role without which an entity cannot be enabled."""
 DONE_FILE = "observatory/night_done.json"
 FINAL_HOPS = (
     "at_base",
@@ -182,7 +188,12 @@ def _wait_enabled(site: Site, bus: Bus, pids: dict[str, int]) -> None:
     """
     acting = {str(pid) for name, pid in pids.items() if name.startswith("control-base")}
     deadline = time.monotonic() + READY_DEADLINE_S
-    waiting = dict.fromkeys(site.config.control.start, "no control system acts")
+    roles = set(roles_of(site))
+    waiting = {
+        name: "no control system acts"
+        for name in site.config.control.start
+        if NEEDED_ROLE.get(name, "control-base") in roles
+    }
     while waiting:
         system = bus.latest("Control.system", key="control-base")
         if system is not None and system.fields["holder"].rpartition(" ")[2] in acting:

@@ -38,6 +38,14 @@ places:
 links:
   - {{source: summit, target: base, latency_ms: 1, bandwidth_mbit_s: 10000}}
   - {{source: base, target: archive, latency_ms: 60, bandwidth_mbit_s: 1000}}
+archive:
+  control: true             # replicators send what control's jobs say; false: all that is written
+control:
+  start:                    # what control enables by itself: docs/how-to/command-the-archiver.md
+    Archiver: science
+    CatchUpArchiver: science
+    EfdReplicator: science
+    AlertProductionCluster: science
 tls:                        # links are encrypted and both ends are known: docs/how-to/secure-links.md
   authority: certificates/ca.crt
 scheduler:

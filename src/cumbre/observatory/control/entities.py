@@ -24,6 +24,8 @@ from cumbre.stores.postgres import Database
 
 log = logging.getLogger(__name__)
 
+LEAST_S = 20.0
+"""Real seconds that a job has at least where night time runs fast: the machines do not."""
 SILENT_S = 10.0
 """Real seconds after which workers or a replica that say nothing do not count."""
 
@@ -86,6 +88,11 @@ class Entity(Component):
         elif not topic and self._trigger is not None:
             self._trigger.close()
             self._trigger = None
+
+    def patience_s(self) -> float:
+        """Night seconds that a job of the configuration in force may take."""
+        given = float(self.parameters.deadline_s)
+        return max(given, LEAST_S * self.clock.rate) if self.clock.rate > 1.0 else given
 
     @property
     def is_subscribed(self) -> bool:
@@ -174,7 +181,7 @@ class Archiver(Entity):
         if parameters.image_types and fields["imageType"] not in parameters.image_types:
             return []
         exposure_s = fields["exposureTime"] if fields["exposureTime"] > 0 else 0.0
-        deadline = message.snd_tai + exposure_s + parameters.deadline_s
+        deadline = message.snd_tai + exposure_s + self.patience_s()
         if now > deadline:
             return []
         parts = replicate_parts(self.instrument(fields["instrument"]))
@@ -257,7 +264,7 @@ class AlertProductionCluster(Entity):
         """Give the jobs of an announced visit; none for one whose time is over."""
         visit = AnnouncedVisit.from_fields(message.fields)
         parameters, now = self.parameters, self.clock.now_tai_s()
-        deadline = (visit.start_tai or message.snd_tai) + visit.duration_s + parameters.deadline_s
+        deadline = (visit.start_tai or message.snd_tai) + visit.duration_s + self.patience_s()
         if now > deadline:
             return []
         parts = process_parts(self.instrument(visit.instrument), wavefront=parameters.wavefront)

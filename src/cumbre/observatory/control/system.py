@@ -45,7 +45,7 @@ BASE, ARCHIVE = "control-base", "control-archive"
 SLICE_S = 0.05
 WATCH_S = 0.25
 TEND_S = 0.5
-RETRY_S = 5.0
+RETRY_S = 1.0
 PAIRS_S = 10.0
 RESULTS = 1000
 """Results taken in at a time: so few that the lease is renewed in time."""

@@ -195,8 +195,7 @@ class Tracker:
     def _limits(self) -> tuple[int, float]:
         """Attempts and deadline of the mode in force; the defaults where there is none any more."""
         try:
-            parameters = self._archiver.parameters
-            return int(parameters.attempts), float(parameters.deadline_s)
+            return int(self._archiver.parameters.attempts), self._archiver.patience_s()
         except ValueError:
             return 5, 180.0
 
