@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from cumbre.archive.journal import Journal, group_of, raw_files
 from cumbre.archive.protocol import Parcel
 from cumbre.archive.tape import read_entry, view_tape
+from cumbre.archive.tape_index import TapeIndex
+from cumbre.archive.tape_shelf import Shelf
 from cumbre.capture.daq import DaqImage, images
 from cumbre.capture.hops import Piece, detector_ids, piece_of
 from cumbre.capture.keys import RawKey
@@ -85,6 +87,7 @@ class Finder:
         self._ids = detector_ids(site.config)
         self._journal = Journal(site.path(f"{source}/caught-up-{target}"))
         self._told: set[str] = set()
+        self._tape: tuple[TapeIndex, Shelf] | None = None
         self._scratch = site.path(f"{source}/catch-up")
 
     @property
@@ -105,6 +108,7 @@ class Finder:
         days_back
             How far into the past, days of night time.
         """
+        self._tape = None  # read anew: it has grown
         busy = self._live_jobs()
         in_camera: dict[str, list[str]] = {}
         sidecars: set[Path] = set()
@@ -264,7 +268,8 @@ class Finder:
         if self._place.tape is None:
             return None
         try:
-            index, shelf = view_tape(self._site, self.source)
+            self._tape = self._tape or view_tape(self._site, self.source)
+            index, shelf = self._tape
             entry = index.entries.get(str(key))
             if entry is None or wanted not in (None, entry.sha256):
                 return None

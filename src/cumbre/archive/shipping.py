@@ -32,7 +32,8 @@ from cumbre.archive.shipment import (
     write_manifest,
 )
 from cumbre.archive.tape import read_entry, view_tape
-from cumbre.archive.tape_index import Sky, sky_of
+from cumbre.archive.tape_index import Sky, TapeIndex, sky_of
+from cumbre.archive.tape_shelf import Shelf
 from cumbre.capture.hops import Piece, detector_ids, hop_fields, piece_of, publish_hops
 from cumbre.capture.keys import RawKey
 from cumbre.capture.quarantine import quarantine
@@ -93,6 +94,7 @@ class Export:
         self._places = [source, *(name for name in site.config.places if name != source)]
         self._instruments = {i.name: i for i in map(load_instrument, site.config.instruments)}
         self._source = source
+        self._tapes: dict[str, tuple[TapeIndex, Shelf]] = {}
         self._report = Report()
 
     def run(self, selection: Selection, progress: Progress = lambda _: None) -> Report:
@@ -167,17 +169,22 @@ class Export:
                 yield from ((key, folder / str(key)) for key in raw_files(folder))
         if place.tape is not None:
             try:
-                index, _ = view_tape(self._site, name)
+                index, _ = self._tape(name)
             except (CumbreError, OSError) as error:
                 log.warning("tape of %s: %s", name, error)
                 return
             yield from ((RawKey.parse(key), name) for key in index.entries)
 
+    def _tape(self, name: str) -> tuple[TapeIndex, Shelf]:
+        if name not in self._tapes:
+            self._tapes[name] = view_tape(self._site, name)
+        return self._tapes[name]
+
     def _sky(self, key: RawKey, copies: list[Path | str]) -> Sky:
         for copy in copies:
             if isinstance(copy, Path):
                 return sky_of(copy, key, self._instruments.get(key.instrument))
-            return view_tape(self._site, copy)[0].entry(str(key)).sky
+            return self._tape(copy)[0].entry(str(key)).sky
         return Sky()
 
     def _begun(self) -> Manifest:
@@ -217,7 +224,7 @@ class Export:
                     written = copy_verified(copy, target, wanted)
                     group_id = group_of(copy)
                 else:
-                    index, shelf = view_tape(self._site, copy)
+                    index, shelf = self._tape(copy)
                     entry = index.entry(text)
                     if wanted not in (None, entry.sha256):
                         raise BadFileError(f"tape of {copy}: {text} with {entry.sha256}, expected {wanted}")

@@ -95,6 +95,7 @@ class TapeArchive:
         self._unsynced: list[TapeEntry] = []
         self._bad: set[str] = set()
         self._number, self._end = 1, 0
+        self._begun_tai: float | None = None
         self._stream: io.FileIO | None = None
         self._guard = _locked(state, folder) if state is not None else None
         try:
@@ -298,8 +299,11 @@ class TapeArchive:
     def _is_due(self) -> bool:
         if self._bucket is None:
             return False
-        mine = [entry.tai for entry in self._index.entries.values() if entry.volume == self._volume_name()]
-        return bool(mine) and self._clock.now_tai_s() - min(mine) >= self._close_after_s
+        if self._begun_tai is None:
+            mine = self._index.by_volume().get(self._volume_name(), [])
+            self._begun_tai = min((entry.tai for entry in mine), default=None)
+        begun = self._begun_tai
+        return begun is not None and self._clock.now_tai_s() - begun >= self._close_after_s
 
     def _close_volume(self) -> None:
         """Read the volume back from the medium and note the checksum of the whole."""
@@ -323,7 +327,7 @@ class TapeArchive:
         if self._stream is not None:
             self._stream.close()
             self._stream = None
-        self._number, self._end = self._number + 1, 0
+        self._number, self._end, self._begun_tai = self._number + 1, 0, None
 
     def _upload(self) -> list[TapeEntry]:
         if self._bucket is None:

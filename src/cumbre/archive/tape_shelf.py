@@ -76,7 +76,9 @@ class BucketShelf:
 
     def has(self, volume: str) -> bool:
         """Whether a volume is known to be in the bucket (told by :meth:`put` and by a mark beside the index)."""
-        return volume in self._up or self._mark(volume).exists()
+        if volume not in self._up and self._mark(volume).exists():
+            self._up.add(volume)
+        return volume in self._up
 
     def put(self, volume: Volume, index: bytes) -> None:
         """Upload a closed volume with its lines of the index, prove it, and let go of the local copy.
