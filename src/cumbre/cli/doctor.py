@@ -29,8 +29,13 @@ MIN_CERTIFICATE_DAYS = 30
 @click.option(
     "--accept-software", is_flag=True, help="Record that what is installed here may run at this site."
 )
+@click.option(
+    "--prove",
+    is_flag=True,
+    help="Read every stored byte and compare it with the camera's store (takes long).",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def doctor(folder: Path | None, accept_software: bool, as_json: bool) -> None:
+def doctor(folder: Path | None, accept_software: bool, prove: bool, as_json: bool) -> None:
     """Check everything that a site needs, and say what to do about what is wrong.
 
     \b
@@ -38,10 +43,15 @@ def doctor(folder: Path | None, accept_software: bool, as_json: bool) -> None:
       cumbre doctor
       cumbre doctor --site ./site --json
       cumbre doctor --site ./site --accept-software
+      cumbre doctor --site ./site --prove
     """
+    if prove and folder is None:
+        raise UserError("--prove: expected --site DIR, the site whose files are read")
     if accept_software:
         _accept(folder)
     results = [_run(name, check) for name, check in _checks(folder)]
+    if prove and folder is not None:
+        results.append(_run("stored bytes", lambda: _prove(folder)))
     if as_json:
         print_json(results)
     else:
@@ -132,6 +142,19 @@ def _ledger(folder: Path) -> tuple[bool, str]:
     return not missing, f"{len(missing)} detector images not at the archive" + (
         "; see: cumbre query ledger missing" if missing else ""
     )
+
+
+def _prove(folder: Path) -> tuple[bool, str]:
+    from cumbre.cli.up import status_of
+    from cumbre.site.proof import prove
+    from cumbre.site.roles import site_database
+
+    site = Site.load(folder)
+    proof = prove(site, site_database(site) if status_of(site)["up"] else None)
+    told = proof.public()
+    counts = ", ".join(f"{told[f'verified_{place}']} at {place}" for place in proof.verified)
+    message = f"{len(proof.taken)} images in the camera's store; verified: {counts}"
+    return proof.ok, "; ".join([message, *proof.problems(5)])
 
 
 def _accept(folder: Path | None) -> None:
