@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,8 +164,36 @@ def test_damaged_raw_files_come_from_the_outage_buffer(night: Night) -> None:
     assert sha256_of(night.site.path(f"base/raw/{key_of(1)}")) == good
 
 
+def in_camera(site: Site, number: int, detectors: Sequence[str]) -> Path:
+    folder = site.path(f"summit/daq/{obs_id(number)}")
+    folder.mkdir(parents=True)
+    for name in detectors:
+        np.save(folder / f"{name}.npy", np.zeros(3, np.uint16))
+    info = {"obs_id": obs_id(number), "instrument": "DemoCam", "detectors": list(detectors)}
+    (folder / "exposure.json").write_text(json.dumps(info))
+    return folder
+
+
+def test_an_image_without_a_good_copy_is_an_alarm(night: Night) -> None:
+    paths = write_image(night.site, night.bus, 1)
+    good = paths[1].read_bytes()
+    paths[1].unlink()
+
+    def alarm() -> dict[str, Any]:
+        found = night.bus.latest("Storage.alarm", key="catch-up-summit-base-lost")
+        return found.fields if found else {}
+
+    with night.running():
+        until(lambda: alarm().get("active") is True)
+        assert (alarm()["severity"], alarm()["backlog"]) == (3, 1)
+        assert key_of(1, "R00_S01") in alarm()["message"]
+        paths[1].write_bytes(good)  # somebody found one
+        until(lambda: alarm()["active"] is False and night.at("base") == everything(1))
+
+
 def test_what_only_the_camera_has_is_written_again(night: Night) -> None:
     paths = write_image(night.site, night.bus, 1)
+    in_camera(night.site, 1, DETECTORS)
     good = paths[1].read_bytes()
     paths[1].write_bytes(b"rot")
     asked = night.bus.subscribe(["Writer.recapture"], start="earliest")
@@ -203,11 +231,7 @@ def test_a_sensor_with_garbage_is_not_tried_for_ever_and_hides_nothing(
 
 
 def test_an_image_of_the_camera_store_that_no_event_names(night: Night) -> None:
-    folder = night.site.path(f"summit/daq/{obs_id(7)}")
-    folder.mkdir(parents=True)
-    np.save(folder / "R00_S00.npy", np.zeros(3, np.uint16))
-    info = {"obs_id": obs_id(7), "instrument": "DemoCam", "detectors": ["R00_S00"]}
-    (folder / "exposure.json").write_text(json.dumps(info))
+    folder = in_camera(night.site, 7, DETECTORS[:1])
     os.utime(folder, (time.time() - 1000, time.time() - 1000))
     asked = night.bus.subscribe(["Writer.recapture"], start="earliest")
     with night.running():

@@ -173,6 +173,8 @@ class OutageBuffer:
                 # One store may share the source's bytes, the other has its own.
                 store.put(parcel.key, source, parcel.sha256, entry.body(), link=not kept)
                 kept = True
+                if len(self._stores) == 1:
+                    self._calm(self._name(store), f"{store.folder} takes files again")
             except OSError as error:
                 if not source.is_file():
                     raise NotFoundError(f"{source}: gone before it was buffered") from error
@@ -228,9 +230,12 @@ class OutageBuffer:
             except OSError as error:
                 away = True
                 self._failed(store, f"{store.folder}: {error}")
-        if away:
-            for store in self._working():
+        for store in self._working() if away and len(self._stores) > 1 else ():
+            try:
                 store.note_gone(key)
+            except OSError as error:
+                # Both are in trouble: the entry may come back, and is offered again before it is sent.
+                self._failed(store, f"{store.folder}: {error}")
         self._look_at_room()
 
     def repair(self, entry: Entry) -> bool:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cumbre.archive.addresses import route
+from cumbre.archive.alarms import Alarm
 from cumbre.archive.night_summary import NightSummaries
 from cumbre.archive.owed import DAYS_BACK, RECENT_DAYS, Finder, InCamera, Owed
 from cumbre.archive.sender import Sender
@@ -36,7 +37,7 @@ log = logging.getLogger(__name__)
 POOL = "catch-up"
 STATE_TOPIC = "CatchUpArchiver.detailedState"
 RECAPTURE = "Writer.recapture"
-MAX_QUEUED = 2000
+MAX_QUEUED = 500
 BEAT_S = 1.0
 PING_S = 5.0
 FILES_EVERY, PAST_EVERY = 6, 60
@@ -124,9 +125,9 @@ class _Way:
             self._waiting.clear()
 
     @property
-    def is_full(self) -> bool:
-        """Whether enough is queued for now."""
-        return len(self._waiting) >= MAX_QUEUED
+    def waiting(self) -> int:
+        """Files that are queued."""
+        return len(self._waiting)
 
     def close(self) -> None:
         """Stop the threads and leave the pool."""
@@ -253,7 +254,13 @@ class CatchUpArchiver:
         self._summaries = NightSummaries(site=site, bus=bus, clock=clock, ledger=ledger)
         self._recaptured: dict[str, tuple[float, int]] = {}
         self._haves: Counter[str] = Counter()
-        self._next_scan, self._next_beat, self._scans = 0.0, 0.0, 0
+        self._alarms = {
+            way.name: Alarm(bus, f"catch-up-{way.name}-lost", way.finder.source) for way in self._ways
+        }
+        self._next_scan, self._scans = 0.0, 0
+        self._cut: _Way | None = None
+        self._stop = threading.Event()
+        threading.Thread(target=self._beat, name="catch-up-beat", daemon=True).start()
 
     @property
     def is_enabled(self) -> bool:
@@ -268,11 +275,7 @@ class CatchUpArchiver:
         while True:
             count += sum(self._settle(way) for way in self._ways)
             now = time.monotonic()
-            if now >= self._next_beat:
-                self._next_beat = now + BEAT_S
-                for way in self._ways:
-                    way.beat()
-            if now >= self._next_scan:
+            if now >= self._next_scan or (self._cut is not None and self._cut.waiting < MAX_QUEUED // 4):
                 self._scan()
                 took_s = time.monotonic() - now
                 self._next_scan = time.monotonic() + max(self._settings.every_s, IDLE_PART * took_s)
@@ -282,8 +285,18 @@ class CatchUpArchiver:
 
     def close(self) -> None:
         """Stop; what is owed is found again."""
+        self._stop.set()
         for way in self._ways:
             way.close()
+
+    def _beat(self) -> None:
+        """Heartbeats, whatever a look at many files takes."""
+        while not self._stop.wait(BEAT_S):
+            for way in self._ways:
+                try:
+                    way.beat()
+                except Exception:
+                    log.exception("heartbeat of %s", way.name)
 
     def _scan(self) -> None:
         if not self.is_enabled:
@@ -291,6 +304,7 @@ class CatchUpArchiver:
                 way.clear()
             return
         self._scans += 1
+        self._cut = None
         for way in self._ways:
             if not way.finder.is_here:
                 continue
@@ -302,11 +316,23 @@ class CatchUpArchiver:
             for item in found:
                 if isinstance(item, InCamera):
                     self._recapture(item)
-                elif way.is_full:
+                elif way.waiting >= MAX_QUEUED:
+                    self._cut = way  # the rest is looked for when these are sent
                     break
                 else:
                     way.add(item)
+            self._tell_lost(way)
         self._summaries.tell()
+
+    def _tell_lost(self, way: _Way) -> None:
+        """An image without any good copy is the worst there is: somebody must look for one at once."""
+        alarm, lost = self._alarms[way.name], way.finder.lost
+        if lost:
+            some = ", ".join(sorted(lost)[:3])
+            message = f"{len(lost)} files have no good copy at {way.finder.source}: {some}…"
+            alarm.begin(f"{message}; see cumbre query ledger missing", severity=3, backlog=len(lost))
+        else:
+            alarm.end(f"everything at {way.finder.source} has a good copy")
 
     def _recapture(self, item: InCamera) -> None:
         """Have the image writer write what only the camera holds; ever rarer while nothing comes of it."""

@@ -14,7 +14,7 @@ from cumbre.archive.protocol import Parcel
 from cumbre.archive.tape import read_entry, view_tape
 from cumbre.archive.tape_index import TapeIndex
 from cumbre.archive.tape_shelf import Shelf
-from cumbre.capture.daq import DaqImage, images
+from cumbre.capture.daq import EXPOSURE_FILE, DaqImage, images
 from cumbre.capture.hops import Piece, detector_ids, piece_of
 from cumbre.capture.keys import RawKey
 from cumbre.capture.writer import DAQ_FOLDER
@@ -87,6 +87,9 @@ class Finder:
         self._ids = detector_ids(site.config)
         self._journal = Journal(site.path(f"{source}/caught-up-{target}"))
         self._told: set[str] = set()
+        self.lost: set[str] = set()
+        """Keys of images that are owed and of which no good copy is left at the source."""
+        self._lost_before: set[str] = set()
         self._tape: tuple[TapeIndex, Shelf] | None = None
         self._scratch = site.path(f"{source}/catch-up")
 
@@ -112,6 +115,7 @@ class Finder:
         busy = self._live_jobs()
         in_camera: dict[str, list[str]] = {}
         sidecars: set[Path] = set()
+        lost: set[str] = set()
         for row in self._rows(days_back):
             name = row["detector_name"]
             if (row["obs_id"], name) in busy:
@@ -121,10 +125,14 @@ class Finder:
                 continue
             found = self._copy(key, row)
             if found is None:
-                if self.source == "summit" and row["written"] not in HOPELESS:
+                if row["written"] in HOPELESS:
+                    continue
+                if self.source == "summit" and self._is_in_camera(row["obs_id"], name):
                     in_camera.setdefault(row["obs_id"], []).append(name)
-                elif self._is_first_time(str(key)):
-                    log.warning("%s %s: no good copy at %s", row["obs_id"], name, self.source)
+                    continue
+                lost.add(str(key))
+                if self._is_first_time(str(key)):
+                    log.error("%s %s: no good copy at %s", row["obs_id"], name, self.source)
                 continue
             folder = (self._raw / str(found.key)).parent
             if folder not in sidecars:
@@ -132,6 +140,12 @@ class Finder:
                 yield from self._sidecars(folder, found.piece)
             yield found
         yield from (InCamera(obs_id, tuple(names)) for obs_id, names in in_camera.items())
+        # Twice in a row: a file may be on its way from one folder to the next at the moment of a look.
+        self.lost, self._lost_before = lost & self._lost_before, lost
+
+    def _is_in_camera(self, obs_id: str, name: str) -> bool:
+        folder = self._site.path(DAQ_FOLDER) / obs_id
+        return (folder / EXPOSURE_FILE).is_file() and (folder / f"{name}.npy").is_file()
 
     def _rows(self, days_back: float) -> Iterator[dict[str, Any]]:
         """What the ledger says to be owed, page by page: what can never be sent must not hide the rest."""
@@ -157,6 +171,7 @@ class Finder:
             if key.is_detector and not self._journal.has(str(key), THERE):
                 unknown.setdefault(str(key.obs_id), []).append(key)
         held = self._ledger.held(self.target, list(unknown))
+        told = self._told_of(list(unknown))
         busy = self._live_jobs()
         for obs_id, keys in unknown.items():
             for key in keys:
@@ -168,7 +183,7 @@ class Finder:
                     young = time.time() - path.stat().st_mtime < max(
                         SETTLED_S, self._clock.wall_s(self._grace_s)
                     )
-                    if young or (obs_id, key.part) in busy or self._ledger.where(obs_id):
+                    if young or (obs_id, key.part) in busy or obs_id in told:
                         continue
                     piece = piece_of(key.instrument, key.obs_id, key.part, self._ids)
                     group_id = group_of(path)
@@ -192,19 +207,20 @@ class Finder:
         }
         if not folders:
             return
-        known = {
-            row[0]
-            for row in self._db.execute(
-                "SELECT DISTINCT obs_id FROM ledger.hop WHERE obs_id = ANY(%s) AND detector >= 0",
-                (list(folders),),
-            )
-        }
+        known = self._told_of(list(folders))
         for obs_id, folder in folders.items():
             if obs_id not in known:
                 try:
                     yield InCamera(obs_id, tuple(DaqImage.open(folder).detectors))
                 except CumbreError as error:
                     log.warning("%s: %s", folder, error)
+
+    def _told_of(self, obs_ids: list[str]) -> set[str]:
+        """Images of which the ledger knows detectors."""
+        rows = self._db.execute(
+            "SELECT DISTINCT obs_id FROM ledger.hop WHERE obs_id = ANY(%s) AND detector >= 0", (obs_ids,)
+        )
+        return {row[0] for row in rows}
 
     def _live_jobs(self) -> set[tuple[str, str]]:
         """(obs_id, detector name) that a replicator has an order for that is not over."""
