@@ -17,11 +17,21 @@ from cumbre.core.errors import UserError
 @site_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON rows.")
 @click.option("--limit", default=1000, show_default=True, help="At most so many rows.")
-@click.argument("words", nargs=-1, required=True)
-def query(folder: Path, as_json: bool, limit: int, words: tuple[str, ...]) -> None:
-    """Ask the ledger, or any table with one SQL SELECT.
+@click.option("--adql", help="One ADQL query over every table: live ones, releases, users' own.")
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="With --adql: a file; its ending says the format (vot, parquet, fits, csv, tsv, json).",
+)
+@click.argument("words", nargs=-1)
+def query(
+    folder: Path, as_json: bool, limit: int, adql: str | None, output: Path | None, words: tuple[str, ...]
+) -> None:  # fmt: skip
+    """Ask the ledger, or any table with one ADQL query or one SQL SELECT.
 
     \b
+    cumbre query --adql "SELECT TOP 5 * FROM ivoa.obscore"
     cumbre query ledger                     one line an image
     cumbre query ledger where OBS_ID        every copy and hop of an image
     cumbre query ledger missing [PLACE]     what is not yet at a place (archive)
@@ -38,8 +48,20 @@ def query(folder: Path, as_json: bool, limit: int, words: tuple[str, ...]) -> No
 
     site = Site.load(folder)
     db = site_database(site)
+    if (adql is None) == (not words):
+        raise UserError('expected either --adql "SELECT …" or words; see cumbre query --help')
+    if output is not None:
+        if adql is None:
+            raise UserError("--output needs --adql")
+        _document(site, db, adql, output)
+        return
     tapes = [f"{name}_tape" for name, place in site.config.places.items() if place.tape]
-    rows = _ledger(db, words[1:], tapes) if words[0] == "ledger" else select(db, " ".join(words), limit)
+    if adql is not None:
+        rows = ask(site, db, adql, limit)
+    elif words[0] == "ledger":
+        rows = _ledger(db, words[1:], tapes)
+    else:
+        rows = select(db, " ".join(words), limit)
     if as_json:
         print_json(rows)
     else:
@@ -71,6 +93,60 @@ def select(db: Any, sql: str, limit: int) -> list[dict[str, Any]]:
     if len(rows) > limit:
         click.echo(f"overflow: only the first {limit} rows; ask for more with --limit", err=True)
     return rows[:limit]
+
+
+def start_adql(site: Site, db: Any, adql: str, limit: int | None) -> Any:
+    """Start an ADQL query with the rights of who may read the site's folder: all of them.
+
+    Raises
+    ------
+    AdqlError
+        The query is wrong; says where and what to do.
+    """
+    from cumbre.access.engines import Engines
+    from cumbre.access.identity import RIGHTS
+    from cumbre.access.limits import Limits
+    from cumbre.access.query import run
+    from cumbre.access.user import User
+    from cumbre.site.access import tables_of
+    from cumbre.site.roles import open_site_clock
+
+    config = site.config.access
+    limits = Limits(rows=config.rows, seconds=config.job_s, memory_mb=config.memory_mb)
+    user = User("site", frozenset(RIGHTS))
+    tables = tables_of(site, db, open_site_clock(site))
+    return run(adql, tables=tables, engines=Engines(db), user=user, limits=limits, maxrec=limit)
+
+
+def ask(site: Site, db: Any, adql: str, limit: int) -> list[dict[str, Any]]:
+    """Rows of an ADQL query."""
+    result = start_adql(site, db, adql, limit)
+    rows: list[dict[str, Any]] = result.read_all().to_pylist()
+    if result.overflow is not None:
+        click.echo(f"overflow: {result.overflow}; ask for more with --limit", err=True)
+    return rows
+
+
+def _document(site: Site, db: Any, adql: str, path: Path) -> None:
+    """A whole result as a file; written beside it and renamed when it is whole."""
+    from cumbre.access.results import FORMATS, write
+
+    form = next((f for f in FORMATS if f.extension == path.suffix.lstrip(".").lower()), None)
+    if form is None:
+        raise UserError(
+            f"{path}: expected an ending among {', '.join(dict.fromkeys(f.extension for f in FORMATS))}"
+        )
+    result = start_adql(site, db, adql, None)
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            outcome = write(result, form, file.write, info={"QUERY": adql})
+        if outcome.startswith("ERROR"):
+            raise UserError(outcome)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    click.echo(f"{path}: {result.rows} rows, {outcome}", err=True)
 
 
 def _ledger(db: Any, words: tuple[str, ...], tapes: list[str]) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from cumbre.access.limits import Limits
 from cumbre.access.plan import PlanKeeper
 from cumbre.access.published import prepare, set_setting, site_tables
 from cumbre.access.releases.registry import Releases
+from cumbre.access.tables import Tables
 from cumbre.access.tap_schema import with_tap_schema
 from cumbre.access.user_tables import UserTables
 from cumbre.core.configuration import Site
@@ -56,11 +57,9 @@ class SiteAccess:
         prepare(db, observatory=config.observatory.name, authority=config.access.authority)
         scratch = site.root / "access" / "scratch"
         scratch.mkdir(parents=True, exist_ok=True)
-        own, releases = UserTables(db), Releases(db, site.path("archive/releases"), clock)
-        tables = site_tables()
-        tables.providers += [releases.tables, own.tables]
+        own = UserTables(db)
         self.service = AccessService(
-            root=site.root, db=db, tables=with_tap_schema(tables), own=own, engines=Engines(db, scratch=scratch),
+            root=site.root, db=db, tables=tables_of(site, db, clock, own), own=own, engines=Engines(db, scratch=scratch),
             catalogue=self.catalogue, authority=config.access.authority, settings=settings_of(site),
         )  # fmt: skip
         self.service.identity.local_administrator(site.root)
@@ -97,6 +96,14 @@ class SiteAccess:
     def close(self) -> None:
         """Stop running jobs."""
         self.service.close()
+
+
+def tables_of(site: Site, db: Database, clock: Clock, own: UserTables | None = None) -> Tables:
+    """Every table of a site: live ones, releases, users' own, and ``tap_schema`` that describes them."""
+    tables = site_tables()
+    releases = Releases(db, site.path("archive/releases"), clock)
+    tables.providers += [releases.tables, (own or UserTables(db)).tables]
+    return with_tap_schema(tables)
 
 
 def settings_of(site: Site) -> Settings:
