@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +34,7 @@ ALTER TABLE level1.alert_outbox ALTER COLUMN packet SET STORAGE EXTERNAL;
 CREATE INDEX alert_outbox_unsent ON level1.alert_outbox (sequence) WHERE sent_tai IS NULL;
 CREATE INDEX alert_outbox_visit ON level1.alert_outbox (visit, detector);
 """
+_REJECTED = "ALTER TABLE level1.visit_detector ADD COLUMN rejected jsonb NOT NULL DEFAULT '{}'"
 
 
 class Level1:
@@ -96,6 +97,7 @@ class Level1:
         dia_objects: Rows = (),
         forced: Rows = (),
         packets: Sequence[tuple[int, bytes]] = (),
+        rejected: Mapping[str, int] | None = None,
     ) -> None:
         """Store one detector's results and its alerts in one transaction, at most once.
 
@@ -106,6 +108,8 @@ class Level1:
             versions, whole. ``hpx29`` is computed; times of processing are now unless given.
         packets
             (diaSourceId, packet) of the alerts, in the order to send.
+        rejected
+            Number of sources that became no alert, by reason.
 
         Raises
         ------
@@ -116,6 +120,8 @@ class Level1:
         TransientError
             The database is not there; try again.
         """
+        from psycopg.types.json import Json
+
         now_tai = self._clock.now_tai_s()
         now_mjd = mjd_from_seconds(now_tai)
         tables = self._tables
@@ -124,7 +130,8 @@ class Level1:
         photometry = conform(tables["DiaForcedSource"], forced, timeProcessedMjdTai=now_mjd)
         with self._db.connection() as link:
             first = link.execute(
-                "INSERT INTO level1.visit_detector VALUES (%s, %s, %s, %s, %s, %s, %s)"
+                "INSERT INTO level1.visit_detector (visit, detector, n_sources, n_objects, n_forced, n_alerts,"
+                " stored_tai, rejected) VALUES (%s, %s, %s, %s, %s, %s, %s, %s)"
                 " ON CONFLICT DO NOTHING RETURNING 1",
                 (
                     visit,
@@ -134,6 +141,7 @@ class Level1:
                     photometry.num_rows,
                     len(packets),
                     now_tai,
+                    Json(dict(rejected or {})),
                 ),
             ).fetchone()
             if first is None:
@@ -243,7 +251,7 @@ class Level1:
 
 def prepare(db: Database) -> None:
     """Make the tables, or bring them to this program's Felis file (which only ever gains columns)."""
-    migrate(db, "level1", [_OUTBOX])
+    migrate(db, "level1", [_OUTBOX, _REJECTED])
     ddl = level1_ddl()
     digest = hashlib.sha256(ddl.encode()).hexdigest()
     known = "SELECT 1 FROM level1.felis WHERE sha256 = %s"

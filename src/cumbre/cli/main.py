@@ -37,6 +37,7 @@ VERBS = {
     "report": ("cumbre.cli.report", "report", "Measure the quality of alerts on simulated images."),
     "train": ("cumbre.cli.train", "train", "Train the network that gives sources their reliability."),
     "query": ("cumbre.cli.query", "query", "Ask the ledger or the tables."),
+    "alerts": ("cumbre.cli.alerts", "alerts", "Read alerts of the archive."),
     "release": ("cumbre.cli.release", "release", "Load, verify, open and close release catalogues."),
     "instrument": ("cumbre.cli.instrument", "instrument", "List, show and check instrument descriptions."),
     "certificates": (

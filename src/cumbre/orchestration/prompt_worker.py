@@ -172,6 +172,8 @@ def process(payload: dict[str, Any]) -> dict[str, Any]:
         raise NoWorkFoundError(
             f"no template in {band} for {detector.name} at {field.ra:.4f} {field.dec:+.4f}"
         )
+    from cumbre.alerts.archive import rejections
+
     made, packets = _produce(payload, raw, inputs, level1)
     try:
         level1.store(
@@ -181,6 +183,9 @@ def process(payload: dict[str, Any]) -> dict[str, Any]:
             dia_objects=made.dia_objects,
             forced=made.forced,
             packets=packets,
+            rejected=rejections(
+                made.dia_sources, (identifier for identifier, _ in packets), float(payload["reliability"])
+            ),
         )
     except ConflictError:
         log.info("stored meanwhile by another try")

@@ -165,6 +165,12 @@ def _relay(site: Site, bus: Bus, clock: Clock) -> Service:
     return OutboxRelay(site=site, bus=bus, clock=clock, db=site_database(site))
 
 
+def _alert_archive(site: Site, bus: Bus, clock: Clock) -> Service:
+    from cumbre.alerts.archive import AlertArchiveService
+
+    return AlertArchiveService(site=site, bus=bus, clock=clock, db=site_database(site))
+
+
 def _retention(site: Site, bus: Bus, clock: Clock) -> Service:
     from cumbre.archive.retention import RetentionService
     from cumbre.ledger import Ledger
@@ -236,7 +242,7 @@ def factories(site: Site) -> dict[str, Factory]:
         out["oods"] = _ingest("summit")
     if site.config.places["archive"].repository:
         out["embargo"] = _ingest("archive")
-    out |= {"prompt": _prompt, "relay": _relay, "retention": _retention, "scrub": _scrub, "web": _web}
+    out |= {"prompt": _prompt, "relay": _relay, "alert-archive": _alert_archive, "retention": _retention, "scrub": _scrub, "web": _web}
     wanted = site.config.roles
     if wanted is None:
         return out
