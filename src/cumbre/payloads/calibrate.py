@@ -106,6 +106,11 @@ def _credible(
     return count >= max(0.2 * k, k * p + 5 * float(np.sqrt(k * p * (1 - p))) + 3)
 
 
+WIDE_POINTING_DEG = 0.75
+"""How far the pointing is searched when the stars are not where the instrument's usual error allows."""
+_VOTERS = 150
+
+
 def _match(
     x: NDArray[np.float64],
     y: NDArray[np.float64],
@@ -114,20 +119,50 @@ def _match(
     reach_px: float,
 ) -> Match | None:
     """Match pixels with predicted pixels: first as a shift, then blind."""
-    n, m = min(x.size, 150), min(xr.size, 500)
-    cell = max(2.5, reach_px / 300)
-    dx, dy, votes, chance = vote_shift(x[:n], y[:n], xr[:m], yr[:m], max_shift=reach_px, cell=cell)
-    if votes >= max(5.0, chance + 6 * np.sqrt(chance) + 3):
-        shift = Affine(np.eye(2), np.array([dx, dy]))
-        match = refine(x, y, xr, yr, shift, max(5.0, 2 * cell), rounds=5)
-        if match is not None and _credible(match.first, x.size, xr, yr, 2.5 * match.rms):
-            return match
-    # as many reference stars as put about 25 of them on the detector
+    # as many reference stars as put twice the voters on the detector
     share = np.ptp(x) * np.ptp(y) / max(float(np.ptp(xr) * np.ptp(yr)), 1.0)
+    m = int(np.clip(2 * _VOTERS / max(share, 1e-6), 300, 8000))
+    skip = 0
+    while skip == 0 or skip + 30 < xr.size:
+        match = _voted(x, y, xr, yr, slice(skip, skip + m), reach_px)
+        if match is not None:
+            return match
+        # The brightest reference stars may all be saturated here: the image's brightest follow farther down.
+        skip = 2 * skip if skip else m // 2
     match = match_blind(
         x, y, xr, yr, tolerance=5.0, parity=1, max_shift=reach_px * 1.5,
         n_bright_ref=int(np.clip(25 / max(share, 1e-6), 100, 1500)),
     )  # fmt: skip
+    if match is not None and _credible(match.first, x.size, xr, yr, 2.5 * match.rms):
+        return match
+    return None
+
+
+def _voted(
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    xr: NDArray[np.float64],
+    yr: NDArray[np.float64],
+    part: slice,
+    reach_px: float,
+) -> Match | None:
+    """The match by the shift that the brightest stars and a part of the reference agree on."""
+    xs, ys = x[:_VOTERS], y[:_VOTERS]
+    dx, dy, cell = 0.0, 0.0, max(2.5, reach_px / 300)
+    reach = reach_px
+    while True:
+        more_x, more_y, votes, chance = vote_shift(
+            xs + dx, ys + dy, xr[part], yr[part], max_shift=reach, cell=cell
+        )
+        if votes < max(5.0, chance + 6 * np.sqrt(chance) + 3):
+            return None
+        dx, dy = dx + more_x, dy + more_y
+        if cell <= 3.0:
+            break
+        # again with finer cells, around what the coarse ones found
+        reach, cell = 2 * cell, max(2.5, cell / 8)
+    shift = Affine(np.eye(2), np.array([dx, dy]))
+    match = refine(x, y, xr, yr, shift, 5.0, rounds=5)
     if match is not None and _credible(match.first, x.size, xr, yr, 2.5 * match.rms):
         return match
     return None
@@ -152,7 +187,8 @@ def solve_astrometry(
     x, y
         0-based positions, brightest first, shape (n,).
     prediction
-        Where the header says the detector looks; may be off by ``pointing_error_deg``, turned or mirrored.
+        Where the header says the detector looks; may be off by ``pointing_error_deg``, turned or mirrored. What does
+        not match within that is tried once more within ``WIDE_POINTING_DEG``.
 
     Returns
     -------
@@ -168,21 +204,27 @@ def solve_astrometry(
     scale = prediction.pixel_scale_arcsec
     centre = prediction.pix2sky((nx - 1) / 2, (ny - 1) / 2)
     half_deg = 0.5 * np.hypot(nx, ny) * scale / 3600
-    nearby = reference.cone_index(float(centre[0]), float(centre[1]), half_deg * 1.1 + pointing_error_deg)
-    near = reference.take(nearby)
+    match = None
+    for reach_deg in (pointing_error_deg, WIDE_POINTING_DEG):
+        nearby = reference.cone_index(float(centre[0]), float(centre[1]), half_deg * 1.1 + reach_deg)
+        near = reference.take(nearby)
+        if len(near) < min_matches:
+            continue
+        brightness = near.brightness(band)
+        rank = np.argsort(np.where(np.isfinite(brightness), brightness, np.inf), kind="stable")
+        xr, yr = prediction.sky2pix(near.ra[rank], near.dec[rank])
+        match = _match(x, y, xr, yr, reach_deg * 3600 / scale)
+        if (match is not None and match.n >= min_matches) or pointing_error_deg >= WIDE_POINTING_DEG:
+            break
     if len(near) < min_matches:
         raise NoWorkFoundError(
-            f"astrometry: {len(near)} reference stars within {half_deg + pointing_error_deg:.2f} deg of "
+            f"astrometry: {len(near)} reference stars within {half_deg + reach_deg:.2f} deg of "
             f"({float(centre[0]):.4f}, {float(centre[1]):.4f}); at least {min_matches} are needed"
         )
-    brightness = near.brightness(band)
-    rank = np.argsort(np.where(np.isfinite(brightness), brightness, np.inf), kind="stable")
-    xr, yr = prediction.sky2pix(near.ra[rank], near.dec[rank])
-    match = _match(x, y, xr, yr, pointing_error_deg * 3600 / scale)
     if match is None or match.n < min_matches:
         raise UnprocessableDataError(
             f"astrometry: {x.size} stars do not match {len(near)} reference stars around "
-            f"({float(centre[0]):.4f}, {float(centre[1]):.4f}) within {pointing_error_deg} deg; "
+            f"({float(centre[0]):.4f}, {float(centre[1]):.4f}) within {reach_deg} deg; "
             "check the pointing in the header, or clouds"
         )
     first, second = match.first, rank[match.second]

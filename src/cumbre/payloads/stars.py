@@ -14,6 +14,7 @@ from cumbre.payloads.kernels.extract import extract
 
 FloatImage = NDArray[np.float32]
 SEP_BLENDED, SEP_TRUNCATED = 2 | 1, 8
+MAX_RADII = 4000
 _KERNEL = np.array([[1, 2, 1], [2, 4, 2], [1, 2, 1]], np.float32)
 
 
@@ -28,7 +29,7 @@ class Detections:
     flux
         Isophotal, in the image's unit.
     snr, half_light_px, elongation
-        Significance; radius of half the light; a / b.
+        Significance; radius of half the light (NaN beyond the ``MAX_RADII`` brightest); a / b.
     isolated
         Not blended and not cut by the edge.
     fwhm_px
@@ -98,7 +99,12 @@ def detect(
     objects = objects[np.argsort(-objects["flux"], kind="stable")]
     x, y = objects["x"].astype(np.float64), objects["y"].astype(np.float64)
     a, b = objects["a"], objects["b"]
-    radius, _ = sep.flux_radius(pixels, x, y, np.clip(6 * a, 4, 30), 0.5, mask=bad, subpix=5)
+    radius = np.full(x.size, np.nan)
+    # Half-light radii cost more than the detection; those of the brightest tell stars from galaxies.
+    some = slice(0, MAX_RADII)
+    radius[some], _ = sep.flux_radius(
+        pixels, x[some], y[some], np.clip(6 * a[some], 4, 30), 0.5, mask=bad, subpix=5
+    )
     sky = np.asarray(noise)
     local = (
         sky[np.clip(y.astype(int), 0, None), np.clip(x.astype(int), 0, None)]

@@ -20,17 +20,51 @@ FloatImage = NDArray[np.float32]
 
 
 @njit(cache=True)
-def _laplacian(image, noise, out):  # type: ignore[no-untyped-def]
-    """Laplacian over twice the noise (the paper's S)."""
-    ny, nx = image.shape
-    for j in range(1, ny - 1):
-        for i in range(1, nx - 1):
-            c = 2 * image[j, i]
-            left, right = c - image[j, i - 1], c - image[j, i + 1]
-            up, down = image[j + 1, i], image[j - 1, i]
-            total = max(left - up, np.float32(0)) + max(left - down, np.float32(0))
-            total += max(right - up, np.float32(0)) + max(right - down, np.float32(0))
-            out[j, i] = total / (8 * noise[j, i])
+def _excess(image, j, i):  # type: ignore[no-untyped-def]
+    """Laplacian times four: of the four quarters of a pixel, what is positive."""
+    c = 2 * image[j, i]
+    left, right = c - image[j, i - 1], c - image[j, i + 1]
+    up, down = image[j + 1, i], image[j - 1, i]
+    total = max(left - up, np.float32(0)) + max(left - down, np.float32(0))
+    return total + max(right - up, np.float32(0)) + max(right - down, np.float32(0))
+
+
+@njit(cache=True)
+def _significance(image, variance, j, i):  # type: ignore[no-untyped-def]
+    """Laplacian over twice the noise (the paper's S); zero in the outermost pixels."""
+    if j < 1 or i < 1 or j >= image.shape[0] - 1 or i >= image.shape[1] - 1:
+        return np.float32(0)
+    return _excess(image, j, i) / (8 * np.sqrt(max(variance[j, i], np.float32(1e-6))))
+
+
+@njit(cache=True)
+def _middle(values, n):  # type: ignore[no-untyped-def]
+    """Median of the first n values, which are put into another order."""
+    low, high, k = 0, n - 1, n // 2
+    while low < high:
+        pivot = values[(low + high) // 2]
+        a, b = low, high
+        while a <= b:
+            while values[a] < pivot:
+                a += 1
+            while values[b] > pivot:
+                b -= 1
+            if a <= b:
+                values[a], values[b] = values[b], values[a]
+                a += 1
+                b -= 1
+        if k <= b:
+            high = b
+        elif k >= a:
+            low = a
+        else:
+            break
+    if n % 2:
+        return values[k]
+    below = values[0]
+    for m in range(1, k):
+        below = max(below, values[m])
+    return np.float32(0.5) * (below + values[k])
 
 
 @njit(cache=True)
@@ -40,7 +74,7 @@ def _median_box(plane, y, x, half, buffer):  # type: ignore[no-untyped-def]
         for i in range(max(x - half, 0), min(x + half + 1, plane.shape[1])):
             buffer[n] = plane[j, i]
             n += 1
-    return np.median(buffer[:n])
+    return _middle(buffer, n)
 
 
 @njit(cache=True)
@@ -51,39 +85,76 @@ def _fine_structure(image, y, x, buffer, small):  # type: ignore[no-untyped-def]
         for i in range(max(x - 3, 0), min(x + 4, image.shape[1])):
             buffer[n] = _median_box(image, j, i, 1, small)
             n += 1
-    return _median_box(image, y, x, 1, small) - np.median(buffer[:n])
+    return _median_box(image, y, x, 1, small) - _middle(buffer, n)
 
 
 @njit(cache=True)
-def _find(image, noise, s, excluded, found, threshold, neighbour, contrast, first_round):  # type: ignore[no-untyped-def]
+def _is_hit(image, variance, j, i, s, limit, ratio, buffer, small):  # type: ignore[no-untyped-def]
+    """Whether a pixel whose Laplacian reaches the limit stands out of its neighbours' and is no star."""
+    n = 0
+    for b in range(j - 2, j + 3):
+        for a in range(i - 2, i + 3):
+            small[n] = _significance(image, variance, b, a)
+            n += 1
+    if s - _middle(small, n) < limit:
+        return False
+    noise = np.sqrt(max(variance[j, i], np.float32(1e-6)))
+    fine = max(_fine_structure(image, j, i, buffer, small), 0.01 * noise)
+    return s * 2 * noise >= ratio * fine
+
+
+@njit(cache=True)
+def _find_first(image, variance, excluded, found, threshold, contrast):  # type: ignore[no-untyped-def]
+    """Flag hits of the whole image; the number of them."""
     ny, nx = image.shape
     buffer, small = np.empty(49, np.float32), np.empty(25, np.float32)
+    least = np.float32((8 * threshold) ** 2)
     added = 0
     for j in range(2, ny - 2):
         for i in range(2, nx - 2):
-            limit = threshold
-            if not first_round:
+            # squares save the root of nearly every pixel
+            excess = _excess(image, j, i)
+            if excess * excess < least * max(variance[j, i], np.float32(1e-6)) or excluded[j, i]:
+                continue
+            s = _significance(image, variance, j, i)
+            if s >= threshold and _is_hit(image, variance, j, i, s, threshold, contrast, buffer, small):
+                found[j, i] = 1
+                added += 1
+    return added
+
+
+@njit(cache=True)
+def _find_again(image, variance, excluded, found, threshold, neighbour, contrast):  # type: ignore[no-untyped-def]
+    """Flag more hits around those found, where cleaning changed the image; the number of them."""
+    ny, nx = image.shape
+    buffer, small = np.empty(49, np.float32), np.empty(25, np.float32)
+    hits = np.argwhere(found > 0)
+    seen = np.zeros(image.shape, np.bool_)
+    added = 0
+    for k in range(hits.shape[0]):
+        for j in range(max(hits[k, 0] - 4, 2), min(hits[k, 0] + 5, ny - 2)):
+            for i in range(max(hits[k, 1] - 4, 2), min(hits[k, 1] + 5, nx - 2)):
+                if seen[j, i]:
+                    continue
+                seen[j, i] = True
+                if found[j, i] or excluded[j, i]:
+                    continue
                 near = False
                 for b in range(j - 1, j + 2):
                     for a in range(i - 1, i + 2):
                         near = near or found[b, a] > 0
-                if near:
-                    limit = neighbour
-            if s[j, i] < limit or found[j, i] or excluded[j, i]:
-                continue
-            if s[j, i] - _median_box(s, j, i, 2, small) < limit:
-                continue
-            # beside a found pixel less is asked, but a star that was hit must not be eaten up
-            ratio = contrast if limit == threshold else 0.6 * contrast
-            fine = max(_fine_structure(image, j, i, buffer, small), 0.01 * noise[j, i])
-            if s[j, i] * 2 * noise[j, i] < ratio * fine:
-                continue
-            found[j, i] = 2
-            added += 1
-    for j in range(ny):
-        for i in range(nx):
-            if found[j, i] == 2:
-                found[j, i] = 1
+                limit = neighbour if near else threshold
+                s = _significance(image, variance, j, i)
+                # beside a found pixel less is asked, but a star that was hit must not be eaten up
+                ratio = 0.6 * contrast if near else contrast
+                if s >= limit and _is_hit(image, variance, j, i, s, limit, ratio, buffer, small):
+                    found[j, i] = 2
+                    added += 1
+    for k in range(hits.shape[0]):
+        for j in range(max(hits[k, 0] - 4, 0), min(hits[k, 0] + 5, ny)):
+            for i in range(max(hits[k, 1] - 4, 0), min(hits[k, 1] + 5, nx)):
+                if found[j, i] == 2:
+                    found[j, i] = 1
     return added
 
 
@@ -104,7 +175,7 @@ def _clean(image, found, excluded):  # type: ignore[no-untyped-def]
                         n += 1
             if n >= 5:
                 break
-        values[k] = np.median(buffer[:n]) if n else np.float32(0)
+        values[k] = _middle(buffer, n) if n else np.float32(0)
     for k in range(hits.shape[0]):
         image[hits[k, 0], hits[k, 1]] = values[k]
 
@@ -124,12 +195,11 @@ def star_contrast(fwhm_px: float) -> float:
         for dy in (0.0, 0.25, 0.5):
             gx, gy = (np.exp(-0.5 * ((r - d) / sigma) ** 2) for d in (dx, dy))
             star = (1e4 * np.outer(gy, gx)).astype(np.float32)
-            s = np.zeros_like(star)
-            _laplacian(star, noise, s)
             for y, x in ((8, 8), (8, 9), (9, 8), (9, 9)):
                 fine = _fine_structure(star, y, x, buffer, small)
                 if star[y, x] > 0.3 * star.max():
-                    worst = max(worst, 2 * float(s[y, x]) / max(float(fine), 1e-3))
+                    s = _significance(star, noise, y, x)
+                    worst = max(worst, 2 * float(s) / max(float(fine), 1e-3))
     return float(max(4.0, 1.2 * worst))
 
 
@@ -164,20 +234,21 @@ def find_cosmic_rays(
         bool (ny, nx), and a copy of the image with found pixels replaced by the median of good neighbours.
     """
     cleaned = np.array(image, np.float32, order="C")
-    noise = np.sqrt(np.maximum(variance, np.float32(1e-6)), dtype=np.float32)
+    noise = np.ascontiguousarray(variance, np.float32)
     skip = np.zeros(image.shape, bool) if excluded is None else np.ascontiguousarray(excluded, bool)
     found = np.zeros(image.shape, np.uint8)
-    s = np.zeros(image.shape, np.float32)
-    for k in range(rounds):
-        _laplacian(cleaned, noise, s)
-        added = _find(cleaned, noise, s, skip, found, threshold, neighbour_threshold, contrast, k == 0)
-        if added == 0 and k > 0:
-            break
+    _find_first(cleaned, noise, skip, found, threshold, contrast)
+    for _ in range(rounds - 1):
         _clean(cleaned, found, skip)
+        if _find_again(cleaned, noise, skip, found, threshold, neighbour_threshold, contrast) == 0:
+            break
+    _clean(cleaned, found, skip)
     return found > 0, cleaned
 
 
 _SHIFTS = np.linspace(-0.6, 0.6, 7)
+_PSF_CELL = 1024
+"""Pixels over which the PSF changes by less than the fit tolerates."""
 
 
 @njit(cache=True)
@@ -303,9 +374,13 @@ def point_sources_among(
         values = np.where(label[box] == k, pixels[box], -np.inf)
         dy, dx = np.unravel_index(int(np.argmax(values)), values.shape)
         y, x = y0 + int(dy), x0 + int(dx)
-        cell = x // 256, y // 256
+        cell = x // _PSF_CELL, y // _PSF_CELL
         if cell not in cells:
-            cells[cell] = _profiles(psf, (cell[0] + 0.5) * 256, (cell[1] + 0.5) * 256, half)
+            middle = [
+                (c * _PSF_CELL + min((c + 1) * _PSF_CELL, n)) / 2
+                for c, n in zip(cell, found.shape[::-1], strict=True)
+            ]
+            cells[cell] = _profiles(psf, *middle, half)
         chi2, flux, n = _best_fit(pixels, noise, skip, y, x, cells[cell], half, radius2, tolerance)
         if flux <= 0 or chi2 > limit * (n - 4):
             continue
