@@ -168,6 +168,10 @@ def test_a_bad_token_is_401_and_a_token_without_the_scope_403(client, world):
     refused = client.post("/tap/sync", data=data, headers=world.headers(other))
     assert refused.status_code == 403
     assert "read:tap" in refused.text
+    audit = world.database.execute(
+        "SELECT action, target, outcome FROM access.audit WHERE account = 'painter'"
+    )
+    assert ("POST", "/tap/sync", "AuthorizationError") in audit
     basic = client.post("/tap/sync", data=data, auth=("x", world.token("typist")))
     assert basic.status_code == 200
 
@@ -323,6 +327,27 @@ def test_requests_are_counted_and_told(client, world):
     )
     assert with_token.status_code == 200
     world.database.execute("DELETE FROM access.request_count")
+
+
+def test_guessing_tokens_is_counted(client, world):
+    bad = world.headers("cmb_000000000000_" + "A" * 43)
+    assert client.get("/tap/availability", headers=bad).status_code == 401
+    for _ in range(2):  # a minute may begin in between
+        world.database.execute("UPDATE access.request_count SET used = 500 WHERE resource = 'authentication'")
+        refused = client.get("/tap/availability", headers=bad)
+        if refused.status_code == 429:
+            break
+    assert refused.status_code == 429
+    assert client.get("/tap/availability").status_code == 200
+    world.database.execute("DELETE FROM access.request_count")
+
+
+def test_pages_elsewhere_may_ask(client):
+    for path in ("/tap/capabilities", "/tap/nothing-such", "/soda/sync"):
+        answer = client.get(path)
+        if answer.status_code != 404:
+            assert answer.headers["access-control-allow-origin"] == "*"
+            assert answer.headers["x-content-type-options"] == "nosniff"
 
 
 def test_every_query_is_in_the_audit(client, world):

@@ -303,3 +303,18 @@ def test_one_owner_does_not_take_all_places(database, tmp_path):
     owners = [store.claim(["tap"], worker_name(), owner_limit=2).owner for _ in range(3)]
     assert owners == ["anonymous@a", "anonymous@a", "anonymous@b"]
     assert store.claim(["tap"], worker_name(), owner_limit=2) is None
+
+
+def test_an_owner_cannot_fill_the_store_with_jobs(database, tmp_path, monkeypatch):
+    from cumbre.access import uws
+    from cumbre.core.errors import UserError
+
+    monkeypatch.setattr(uws, "MAX_WAITING_ANONYMOUS", 3)
+    store = JobStore(database, tmp_path)
+    who = Principal(address="a")
+    made = [store.create("tap", who, [], execution_s=10) for _ in range(3)]
+    with pytest.raises(UserError, match="3 are allowed"):
+        store.create("tap", who, [], execution_s=10)
+    store.create("tap", Principal(address="b"), [], execution_s=10)
+    store.abort(made[0])
+    store.create("tap", who, [], execution_s=10)

@@ -32,6 +32,8 @@ ACTIVE = (PENDING, QUEUED, EXECUTING)
 MAX_ATTEMPTS = 2
 LOST_AFTER_S = 20
 LIST_LIMIT = 1000
+MAX_WAITING, MAX_WAITING_ANONYMOUS = 500, 100
+"""Jobs of one owner that have not ended."""
 STEPS = (
     """
     CREATE SCHEMA IF NOT EXISTS access;
@@ -150,7 +152,23 @@ class JobStore:
         run_id: str | None = None,
         job_id: str | None = None,
     ) -> Job:
-        """Store a new job in phase PENDING."""
+        """Store a new job in phase PENDING.
+
+        Raises
+        ------
+        UserError
+            The owner has too many that have not ended.
+        """
+        most = MAX_WAITING_ANONYMOUS if who.is_anonymous else MAX_WAITING
+        waiting = self._db.execute(
+            "SELECT count(*) FROM access.job WHERE service = %s AND owner = %s AND phase = ANY(%s)",
+            (service, who.owner, list(ACTIVE)),
+        )[0][0]
+        if waiting >= most:
+            raise UserError(
+                f"{who.owner} has {waiting} jobs that have not ended, {most} are allowed: wait for some, or delete "
+                "those that are not needed any more"
+            )
         job_id = job_id or new_job_id()
         self._db.execute(
             "INSERT INTO access.job (job_id, service, owner, principal, run_id, phase, parameters,"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +37,10 @@ MAX_FIELDS = 1000
 MAX_FORM_BYTES = 1 << 20
 MAX_LINKS_BYTES = 8 << 20
 REQUEST_WINDOW = "requests"
+FAILED_PER_MINUTE = 300
+"""Requests of one address with a token that is not valid."""
+OPEN_HEADERS = {"Access-Control-Allow-Origin": "*", "X-Content-Type-Options": "nosniff"}
+"""Pages elsewhere may ask, for there are no cookies: who asks is told by a header that they must know."""
 RETRY_S = 5
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -334,36 +338,52 @@ class Gate:
         """
 
         async def call(request: Request) -> Response:
-            who = Principal()
-            try:
-                who, headers = await in_pool(self.pool, self._enter, request, scope)
-                response = await handler(request, who)
-            except AuthorizationError as fault:
-                await in_pool(
-                    self.pool, self.identity.audit, who, request.method, request.url.path, fault.outcome
-                )
-                return error(fault)
-            except CumbreError as fault:
-                if status_of(fault) >= 500:
-                    log.warning("%s %s: %s", request.method, request.url.path, fault)
-                return error(fault)
-            except ClientDisconnect:
-                return Response(status_code=499)
-            except Exception:
-                log.exception("%s %s", request.method, request.url.path)
-                return error(CumbreError("a fault of the service; it is in its log"))
-            finally:
-                form = getattr(request.state, "form", None)
-                if form is not None:
-                    await form.close()
-            response.headers.update(headers)
+            response = await self._answer(request, handler, scope, error)
+            for name, value in OPEN_HEADERS.items():
+                response.headers.setdefault(name, value)
             return response
 
         return call
 
+    async def _answer(self, request: Request, handler: Handler, scope: str, error: ErrorDocument) -> Response:
+        try:
+            who, headers = await in_pool(self.pool, self._enter, request, scope)
+            try:
+                response = await handler(request, who)
+            except AuthorizationError as fault:
+                await in_pool(self.pool, self._refused, request, who, fault)
+                raise
+        except CumbreError as fault:
+            if status_of(fault) >= 500:
+                log.warning("%s %s: %s", request.method, request.url.path, fault)
+            return error(fault)
+        except ClientDisconnect:
+            return Response(status_code=499)
+        except Exception:
+            log.exception("%s %s", request.method, request.url.path)
+            return error(CumbreError("a fault of the service; it is in its log"))
+        finally:
+            form = getattr(request.state, "form", None)
+            if form is not None:
+                await form.close()
+        response.headers.update(headers)
+        return response
+
+    def _refused(self, request: Request, who: Principal, fault: AuthorizationError) -> None:
+        self.identity.audit(who, request.method, request.url.path, fault.outcome)
+
     def _enter(self, request: Request, scope: str) -> tuple[Principal, dict[str, str]]:
-        who = who_asks(request, self.identity)
-        who.require(scope)
+        try:
+            who = who_asks(request, self.identity)
+        except AuthenticationError:
+            address = Principal(address=request.client.host if request.client else "")
+            self.identity.count_request(address, "authentication", FAILED_PER_MINUTE)
+            raise
+        try:
+            who.require(scope)
+        except AuthorizationError as fault:
+            self._refused(request, who, fault)
+            raise
         if who.is_administrator:
             return who, {}
         limit = self.anonymous_per_minute if who.is_anonymous else self.user_per_minute
@@ -373,16 +393,6 @@ class Gate:
 async def in_pool[T](pool: Executor, function: Callable[..., T], *arguments: Any) -> T:
     """Call a blocking function in a pool of threads."""
     return await asyncio.get_running_loop().run_in_executor(pool, function, *arguments)
-
-
-async def blocks_in_pool(pool: Executor, blocks: Iterator[bytes], close: Callable[[], None]) -> Any:
-    """Blocks of a blocking iterator, one pull at a time; ``close`` is called whatever happens."""
-    end = object()
-    try:
-        while (block := await in_pool(pool, next, blocks, end)) is not end:
-            yield block
-    finally:
-        close()
 
 
 def base_url(request: Request, service: str) -> str:
