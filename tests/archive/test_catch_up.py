@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from transfer_double import DETECTORS, hops, key_of, obs_id, running, until, write_image
 
-from cumbre.archive.catch_up import CatchUpArchiver, Pace
+from cumbre.archive.catch_up import CatchUpArchiver
+from cumbre.archive.catch_up_way import Pace
 from cumbre.archive.distributor import Distributor
 from cumbre.archive.tape_writer import TapeWriter
 from cumbre.bus import Bus

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from transfer_double import DETECTORS, hops, key_of, obs_id, say_written, write_image
 
-from cumbre.archive.shipment import MANIFEST, SEAL, read_manifest, verify
-from cumbre.archive.shipping import Export, Import, Report, Selection
+from cumbre.archive.shipment import MANIFEST, SEAL, Report, read_manifest, verify
+from cumbre.archive.shipping import Export, Selection
+from cumbre.archive.shipping_import import Import
 from cumbre.bus import Bus
 from cumbre.core.configuration import Site
 from cumbre.core.errors import BadFileError, NotFoundError

@@ -72,6 +72,19 @@ class Manifest:
         return images + sum(item.size for item in self.recordings.values())
 
 
+@dataclass(slots=True)
+class Report:
+    """What an export or import did; ``refused`` has a file, an outcome and a message each."""
+
+    shipment: str = ""
+    copied: int = 0
+    present: int = 0
+    bytes: int = 0
+    telemetry_files: int = 0
+    telemetry_messages: int = 0
+    refused: list[dict[str, str]] = field(default_factory=list)
+
+
 def write_manifest(disk: Path, manifest: Manifest) -> None:
     """Write the manifest, then its seal."""
     body = {

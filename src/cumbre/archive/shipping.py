@@ -1,19 +1,18 @@
-"""Media shipping: when an outage is longer than the buffers, images and telemetry travel on a disk.
+"""Media shipping, the sending end: when an outage is longer than the buffers, images and telemetry travel on a disk.
 
-Export and import may be stopped at any moment and run again: what is there already is not copied, told or
-counted twice.
+An export may be stopped at any moment and run again: what is there already is not copied twice. The receiving
+end is :mod:`cumbre.archive.shipping_import`.
 """
 
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import logging
 import math
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,25 +20,22 @@ from cumbre.archive.journal import group_of, raw_files
 from cumbre.archive.protocol import Parcel
 from cumbre.archive.shipment import (
     IMAGES,
-    MANIFEST,
     TELEMETRY,
     Item,
     Manifest,
     Progress,
     Recording,
-    checked_path,
+    Report,
     read_manifest,
     write_manifest,
 )
 from cumbre.archive.tape import read_entry, view_tape
 from cumbre.archive.tape_index import Sky, TapeIndex, sky_of
 from cumbre.archive.tape_shelf import Shelf
-from cumbre.capture.hops import Piece, detector_ids, hop_fields, piece_of, publish_hops
 from cumbre.capture.keys import RawKey
-from cumbre.capture.quarantine import quarantine
-from cumbre.core.errors import BadFileError, ConflictError, CumbreError, NotFoundError
+from cumbre.core.errors import BadFileError, CumbreError, NotFoundError
 from cumbre.core.instrument import load_instrument
-from cumbre.stores.files import HashingWriter, copy_verified, normal_checksum, sha256_of, write_atomic
+from cumbre.stores.files import HashingWriter, copy_verified, normal_checksum, write_atomic
 
 if TYPE_CHECKING:
     from cumbre.bus import Bus, Message
@@ -51,20 +47,6 @@ log = logging.getLogger(__name__)
 
 PROGRESS_FILE = "progress.jsonl"
 TELEMETRY_MARGIN_S = 300.0
-HOPS_AT_ONCE = 100
-
-
-@dataclass(slots=True)
-class Report:
-    """What an export or import did; ``refused`` has a file, an outcome and a message each."""
-
-    shipment: str = ""
-    copied: int = 0
-    present: int = 0
-    bytes: int = 0
-    telemetry_files: int = 0
-    telemetry_messages: int = 0
-    refused: list[dict[str, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,173 +279,3 @@ def _json_value(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return {"$float": str(value)}
     return value
-
-
-class Import:
-    """Takes a disk into a place.
-
-    Parameters
-    ----------
-    place
-        Place whose raw cache gets the images; each becomes a hop ``at_<place>``.
-    ledger
-        What it knows of an image's checksum must hold for the disk's copy; None to believe the manifest.
-    """
-
-    def __init__(
-        self, *, site: Site, bus: Bus, clock: Clock, disk: Path, place: str, ledger: Ledger | None
-    ) -> None:
-        self._site, self._bus, self._clock, self._disk = site, bus, clock, disk
-        self._place, self._ledger = place, ledger
-        raw = site.config.places[place].raw
-        self._raw = site.path(raw)
-        self._quarantine = site.path(f"{place}/quarantine")
-        self._ids = detector_ids(site.config)
-        self._report = Report()
-        self._hops: list[dict[str, Any]] = []
-
-    def run(self, progress: Progress = lambda _: None) -> Report:
-        """Take every good file of the disk; what is not as the manifest says is refused and quarantined.
-
-        Raises
-        ------
-        NotFoundError
-            No finished shipment.
-        BadFileError
-            The manifest itself cannot be believed: nothing is taken, it is kept in quarantine.
-        OSError
-            The place's disk is full or gone; run it again.
-        """
-        try:
-            manifest = read_manifest(self._disk)
-        except BadFileError as error:
-            self._keep(MANIFEST, self._disk / MANIFEST, error)
-            raise
-        self._report = Report(shipment=manifest.shipment)
-        for item in sorted(manifest.items.values(), key=lambda item: RawKey.parse(item.parcel.key).order):
-            try:
-                self._take(item, manifest.shipment)
-            except CumbreError as error:
-                self._refuse(item, error)
-            progress(item.parcel.size)
-            if len(self._hops) >= HOPS_AT_ONCE:
-                self._publish()
-        self._publish()
-        for recording in manifest.recordings.values():
-            try:
-                self._take_recording(manifest.shipment, recording)
-            except CumbreError as error:
-                self._report.refused.append(
-                    {"file": recording.file, "outcome": error.outcome, "message": str(error)}
-                )
-            progress(recording.size)
-        return self._report
-
-    def _take(self, item: Item, shipment: str) -> None:
-        parcel = item.parcel
-        key = RawKey.parse(parcel.key)
-        source = checked_path(self._disk, f"{IMAGES}/{parcel.key}", parcel.size)
-        piece: Piece | None = None
-        if key.is_detector:
-            known = piece_of(key.instrument, key.obs_id, key.part, self._ids)
-            piece = Piece(
-                known.obs_id, known.instrument, parcel.group_id, known.detector, known.detector_name
-            )
-            self._agrees(piece, parcel)
-        target = self._raw / parcel.key
-        if target.exists():
-            found = sha256_of(target)
-            if found != parcel.sha256:
-                raise ConflictError(
-                    f"{parcel.key}: here with {found}, came on a disk with {parcel.sha256}; the first one is kept"
-                )
-            self._report.present += 1
-            if piece is None or self._ledger is None or self._is_told(piece):
-                return  # without a ledger the distributor's scan tells what nobody told yet
-        else:
-            copy_verified(source, target, parcel.sha256)
-            self._report.copied += 1
-            self._report.bytes += parcel.size
-        if piece is not None:
-            self._hops.append(
-                hop_fields(
-                    self._clock,
-                    piece,
-                    f"at_{self._place}",
-                    place=self._place,
-                    path=target,
-                    byte_size=parcel.size,
-                    checksum=parcel.sha256,
-                    message=f"shipped on disk {shipment}",
-                )
-            )
-
-    def _agrees(self, piece: Piece, parcel: Parcel) -> None:
-        """Compare with every checksum that the ledger has of this detector image."""
-        if self._ledger is None:
-            return
-        for row in self._ledger.where(piece.obs_id, piece.detector):
-            if (
-                row["outcome"] == "ok"
-                and row["checksum"]
-                and normal_checksum(row["checksum"]) != parcel.sha256
-            ):
-                raise ConflictError(
-                    f"{parcel.key}: the manifest says {parcel.sha256}, the ledger {row['checksum']} ({row['hop']})"
-                )
-
-    def _is_told(self, piece: Piece) -> bool:
-        assert self._ledger is not None
-        rows = self._ledger.where(piece.obs_id, piece.detector)
-        return any(row["hop"] == f"at_{self._place}" and row["outcome"] == "ok" for row in rows)
-
-    def _refuse(self, item: Item, error: CumbreError) -> None:
-        log.error("refused: %s", error)
-        parcel = item.parcel
-        kept = self._keep(parcel.key, self._disk / IMAGES / parcel.key, error)
-        self._report.refused.append({"file": parcel.key, "outcome": error.outcome, "message": str(error)})
-        try:
-            key = RawKey.parse(parcel.key)
-            piece = piece_of(key.instrument, key.obs_id, key.part, self._ids)
-        except CumbreError:
-            return
-        if not key.is_detector or isinstance(error, ConflictError):
-            # The copy that is here stays a good one: a foreign disk must not take its proof away.
-            return
-        self._hops.append(
-            hop_fields(
-                self._clock,
-                piece,
-                "quarantined",
-                place="shipment",
-                outcome=error.outcome,
-                path=kept or "",
-                message=str(error),
-            )
-        )
-
-    def _keep(self, name: str, path: Path, error: CumbreError) -> Path | None:
-        """Keep a refused file as evidence, if it is a plain file of the disk."""
-        try:
-            size = path.lstat().st_size
-            relative = path.relative_to(self._disk).as_posix()
-            source = checked_path(self._disk, relative, size)
-        except (OSError, CumbreError):
-            reason = json.dumps({"name": name, "reason": str(error)}).encode()
-            digest = hashlib.sha256(reason).hexdigest()[:12]
-            write_atomic(self._quarantine / f"{digest}_{name.replace('/', '_')[-150:]}.reason.json", reason)
-            return None
-        now = self._clock.now_tai_s()
-        return quarantine(self._quarantine, name, source, error, at_tai=now, origin=f"disk {self._disk}")
-
-    def _take_recording(self, shipment: str, recording: Recording) -> None:
-        source = checked_path(self._disk, f"{TELEMETRY}/{recording.file}", recording.size)
-        target = self._site.path(f"{self._place}/telemetry/{shipment}/{recording.file}")
-        if not target.is_file() or sha256_of(target) != recording.sha256:
-            copy_verified(source, target, recording.sha256)
-        self._report.telemetry_files += 1
-        self._report.telemetry_messages += recording.messages
-
-    def _publish(self) -> None:
-        publish_hops(self._bus, self._hops)
-        self._hops.clear()

@@ -91,7 +91,7 @@ def import_(folder: Path, disk: Path, place: str, as_json: bool) -> None:
       cumbre ship import --site ./site --from-disk /media/disk --place archive
     """
     from cumbre.archive.shipment import read_manifest
-    from cumbre.archive.shipping import Import
+    from cumbre.archive.shipping_import import Import
     from cumbre.core.errors import BadFileError
     from cumbre.site.roles import open_site_bus, open_site_clock
 
