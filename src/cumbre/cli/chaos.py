@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -31,8 +33,6 @@ def chaos(minutes: float, seed: int, folder: Path | None, plan: bool, as_json: b
       cumbre chaos --minutes 3 --seed 7 --json
       cumbre chaos --minutes 600 --seed 1 --site /data/chaos
     """
-    import json
-
     from cumbre.site import chaos as runs
     from cumbre.site import night as nights
     from cumbre.site.supervisor import stop_site
@@ -44,21 +44,26 @@ def chaos(minutes: float, seed: int, folder: Path | None, plan: bool, as_json: b
         sys.stdout.flush()
 
     root = folder or Path("chaos-site")
+    made = folder is None or not (root / "site.yaml").exists()
+    if plan:
+        with tempfile.TemporaryDirectory() as scratch:
+            site = runs.chaos_site(Path(scratch) if made else root, seed, minutes, small_disks=False)
+            for fault in runs.make_plan(seed, minutes * 60, runs.Targets.of(site)):
+                click.echo(json.dumps(fault.public()))
+        return
     if folder is None:
         runs.clear(root)
         nights.demonstration_folder(root)
-    made = not (root / "site.yaml").exists()
     site = runs.chaos_site(root, seed, minutes)
     run = runs.Chaos(site, seed=seed, seconds=minutes * 60, say=say)
-    if plan:
-        for fault in run.plan:
-            click.echo(json.dumps(fault.public()))
-        return
     say(f"site {site.root}, seed {seed}, {minutes:g} minutes")
     if not run.targets.disks:
         say("disks of their own need root: no disk will be filled")
     try:
         outcome = run.run()
+    except BaseException as error:
+        say(f"the run did not end: {error}")
+        raise
     finally:
         if made:
             stop_site(site, wait_s=runs.STOP_S)

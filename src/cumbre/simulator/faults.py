@@ -385,7 +385,7 @@ def settle_disks(root: Path) -> None:
     Raises
     ------
     NotFoundError
-        A disk cannot be unmounted because something still uses it.
+        A disk cannot be copied or unmounted.
     """
     for place in mounted_below(root):
         keep = place.with_name(f".{place.name}.settling")
@@ -396,7 +396,8 @@ def settle_disks(root: Path) -> None:
         )
         if copied.returncode != 0:
             raise NotFoundError(f"{place}: cannot be copied to {keep}: {copied.stderr.strip()[-300:]}")
-        gone = subprocess.run(["umount", str(place)], capture_output=True, text=True, check=False)
+        # All is copied: what still looks at the disk, such as a process about to end, sees the old one.
+        gone = subprocess.run(["umount", "-l", str(place)], capture_output=True, text=True, check=False)
         if gone.returncode != 0:
             shutil.rmtree(keep, ignore_errors=True)
             raise NotFoundError(f"{place}: cannot be unmounted: {gone.stderr.strip()}")

@@ -273,7 +273,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def start_detached(site: Site, *, wait_s: float = 60.0) -> dict[str, Any]:
+def start_detached(site: Site, *, wait_s: float = 180.0) -> dict[str, Any]:
     """Start a supervisor that outlives this process and wait until every service was started.
 
     Raises
@@ -307,6 +307,8 @@ def start_detached(site: Site, *, wait_s: float = 60.0) -> dict[str, Any]:
         if os.waitpid(pid, os.WNOHANG)[0] == pid:
             break
         time.sleep(0.1)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)  # half a site is not left running
     tail = "\n".join(path.read_text(errors="replace").splitlines()[-8:])
     raise DeadlineError(f"{site.root}: the services did not come up; the end of {path}:\n{tail}")
 
