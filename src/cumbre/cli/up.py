@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import click
 from cumbre.cli.main import print_json
 from cumbre.core.configuration import Site
 
+WEB_WAIT_S = 30.0
 site_option = click.option(
     "--site",
     "folder",
@@ -30,10 +32,18 @@ def up(folder: Path, as_json: bool) -> None:
     Examples:
       cumbre up --site ./site
     """
-    from cumbre.site.supervisor import start_detached
+    from cumbre.site.supervisor import read_state, start_detached
 
     site = Site.load(folder)
-    start_detached(site)
+    address = site.root / "run" / "web.url"
+    if read_state(site) is None:
+        address.unlink(missing_ok=True)  # of an earlier run: the port may be another now
+    state = start_detached(site)
+    end = time.monotonic() + WEB_WAIT_S
+    while any(service["name"] == "web" for service in state["services"]) and not address.exists():
+        if time.monotonic() > end:
+            break
+        time.sleep(0.1)
     _show(site, as_json)
 
 
