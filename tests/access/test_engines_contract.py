@@ -11,6 +11,7 @@ from access_data import Place, in_files, in_postgres, sky
 
 from cumbre.access.adql.errors import AdqlError
 from cumbre.access.planner import make_plan
+from cumbre.access.uploads import with_uploads
 from cumbre.access.user import ANYBODY
 from support.pg import fresh_database
 
@@ -318,11 +319,37 @@ def test_match_with_an_upload(place: Place) -> None:
         uploads={"mine": UPLOAD},
     )
     assert len(left) == 4000 - len({i for _, i in wanted}) + len(wanted)
+    kept = place.rows(
+        "SELECT u.n, s.id FROM mine u LEFT JOIN stars s ON DISTANCE(u.ra, u.dec, s.ra, s.dec) < 6 AND s.night < 9",
+        uploads={"mine": UPLOAD},
+    )
+    assert sorted(row for row in kept if row[1] is not None) == sorted(wanted)
+    assert [row for row in kept if row[1] is None] == [(3, None)]  # the position that is null
+    few = place.rows(
+        "SELECT n, id FROM stars s RIGHT JOIN mine u ON DISTANCE(u.ra, u.dec, s.ra, s.dec) < 0.001",
+        uploads={"mine": UPLOAD},
+    )
+    assert sorted(few) == [(1, None), (2, None), (3, None), (4, None)]
+    nested = place.rows(
+        "SELECT u.n, s.id, k.label FROM mine u LEFT JOIN (stars s JOIN kinds k ON k.kind = s.kind)"
+        " ON DISTANCE(u.ra, u.dec, s.ra, s.dec) < 6",
+        uploads={"mine": UPLOAD},
+    )
+    kinds = dict(zip(sky()["id"].to_pylist(), sky()["kind"].to_pylist(), strict=True))
+    labelled = {(n, i) for n, i in wanted if kinds[i] in ("star", "galaxy")}
+    assert {row[:2] for row in nested if row[1] is not None} == labelled
+    assert {row[0] for row in nested} == {1, 2, 3, 4}
     own = place.rows(
         "SELECT u.n, s.id FROM mine u JOIN stars s ON DISTANCE(u.ra, u.dec, s.ra, s.dec) < u.r",
         uploads={"mine": UPLOAD},
     )
     assert {row for row in own if row[0] == 2} == {row for row in wanted if row[0] == 2}
+
+
+def test_an_outer_match_is_asked_by_pixels(place: Place) -> None:
+    tables = with_uploads(place.tables, {"mine": UPLOAD})
+    adql = "SELECT u.n, s.id FROM mine u LEFT JOIN stars s ON DISTANCE(u.ra, u.dec, s.ra, s.dec) < 0.1"
+    assert "adql_of = t1.adql_row" in make_plan(adql, tables=tables, user=ANYBODY).sql()
 
 
 def test_match_with_itself(place: Place) -> None:

@@ -11,7 +11,7 @@ from cumbre.access.adql.dialect import Dialect, DuckDB, Postgres, literal, quote
 from cumbre.access.adql.errors import AdqlError
 from cumbre.access.adql.parser import parse
 from cumbre.access.adql.queries import BoundQuery, Condition, MatchNeedsDuckDBError, QueryBinder
-from cumbre.access.adql.scope import Relation, Scope, Visible, table_columns
+from cumbre.access.adql.scope import Cover, Relation, Scope, Visible, table_columns
 from cumbre.access.results.types import arrow_schema
 from cumbre.access.tables import Column, Table, Tables
 from cumbre.access.user import User
@@ -124,7 +124,7 @@ class _Planner:
     covers: list[PixelCover] = field(default_factory=list)
 
     def plan(self) -> Plan:
-        binder = QueryBinder(self.text, self.dialect, self._find, self._source, self._cover)
+        binder = QueryBinder(self.text, self.dialect, self._find, self._source, self._cover, self._attach)
         query = binder.statement(self.statement)
         columns = tuple(query.columns)
         fetches = () if self.dialect.name == "postgres" else tuple(self._fetches(binder))
@@ -156,15 +156,39 @@ class _Planner:
         if self.dialect.name != "postgres":
             around = f"adql_neighbourhood({cover.order}, {cover.ra_sql}, {cover.dec_sql})"
             return f"SELECT {alias}.*, unnest({around}) AS adql_pixel FROM {relation.source} AS {alias}"  # noqa: S608
-        assert relation.table is not None
-        name = f"adql_cover_{alias}"
-        memory = self.memories[relation.table.full_name]
-        if all(known.name != name for known in self.covers):
-            self.covers.append(PixelCover(name, memory, cover.order, cover.ra, cover.dec))
+        name = self._pixel_cover(relation, cover)
         return (
             f"SELECT {alias}.*, m.adql_low, m.adql_high FROM {relation.source} AS {alias}"  # noqa: S608
             f" JOIN {name} AS m ON m.adql_row = {alias}.adql_row"
         )
+
+    def _attach(self, relation: Relation) -> str:
+        """A relation's rows, each with the number of a row of another relation that it may match."""
+        attached, alias = relation.attached, relation.alias
+        assert attached is not None
+        around, cover = attached.around, attached.cover
+        if self.dialect.name != "postgres":
+            pixels = f"adql_neighbourhood({cover.order}, {cover.ra_sql}, {cover.dec_sql})"
+            return (
+                f"(SELECT {alias}.*, m.adql_row AS adql_of FROM (SELECT adql_row, unnest({pixels}) AS adql_pixel"  # noqa: S608
+                f" FROM {around.source} AS {around.alias}) AS m JOIN {relation.source} AS {alias}"
+                f" ON ({attached.pixel} >> {2 * (29 - cover.order)}) = m.adql_pixel)"
+            )
+        name = self._pixel_cover(around, cover)
+        return (
+            f"LATERAL (SELECT {alias}.*, m.adql_row AS adql_of FROM {name} AS m JOIN {relation.source} AS {alias}"  # noqa: S608
+            f" ON {attached.pixel} >= m.adql_low AND {attached.pixel} < m.adql_high"
+            f" WHERE m.adql_row = {around.alias}.adql_row)"
+        )
+
+    def _pixel_cover(self, relation: Relation, cover: Cover) -> str:
+        """Ranges of pixels around the rows of an upload, made by the engine."""
+        assert relation.table is not None
+        name = f"adql_cover_{relation.alias}_{cover.order}"
+        memory = self.memories[relation.table.full_name]
+        if all(known.name != name for known in self.covers):
+            self.covers.append(PixelCover(name, memory, cover.order, cover.ra, cover.dec))
+        return name
 
     def _fetches(self, binder: QueryBinder) -> Iterator[Fetch]:
         """Tables of PostgreSQL: only the columns and, as far as conditions on them alone say, the rows needed."""
@@ -196,7 +220,7 @@ class _Planner:
         assert table is not None
         if _has_query(condition.node):
             return
-        binder = QueryBinder(self.text, self.dialect, self._find, self._source, self._cover)
+        binder = QueryBinder(self.text, self.dialect, self._find, self._source, self._cover, self._attach)
         stored = {column.name: self.dialect.stored(relation.alias, column) for column in table.columns}
         columns = table_columns(table, relation.alias, stored)
         twin = Relation(relation.alias, relation.label, table, columns, "", table.position)

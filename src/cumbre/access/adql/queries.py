@@ -10,7 +10,7 @@ from cumbre.access.adql import functions as f
 from cumbre.access.adql import tree
 from cumbre.access.adql.binder import ExpressionBinder
 from cumbre.access.adql.dialect import Dialect
-from cumbre.access.adql.scope import Cover, Relation, Scope, Visible, output_column, table_columns
+from cumbre.access.adql.scope import Attached, Cover, Relation, Scope, Visible, output_column, table_columns
 from cumbre.access.adql.signatures import AGGREGATES
 from cumbre.access.adql.values import Origin, Point, Value
 from cumbre.access.pixels import match_order
@@ -55,11 +55,16 @@ class BoundQuery:
 
 @dataclass
 class _Pushed:
-    """Where a condition stands: relations that may be multiplied by pixels and those that may be looked up."""
+    """Where a condition stands: relations that may be multiplied by pixels, those that may be looked up.
+
+    Of an outer join: relations whose rows are all kept, and those that are filled with NULL.
+    """
 
     node: tree.Expression
     may_multiply: frozenset[str]
     may_look_up: frozenset[str]
+    kept: frozenset[str] = frozenset()
+    filled: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ class QueryBinder(ExpressionBinder):
     find_table: Finder
     source_of: Callable[[Table, str], str]
     cover_sql: Callable[[Relation], str]
+    attach_sql: Callable[[Relation], str]
     scope: Scope = field(default_factory=Scope)
     seed: float | None = None
     with_parts: list[str] = field(default_factory=list)
@@ -338,6 +344,8 @@ class QueryBinder(ExpressionBinder):
         return lambda: self._render(relation)
 
     def _render(self, relation: Relation) -> str:
+        if relation.attached is not None:
+            return f"{self.attach_sql(relation)} AS {relation.alias}"
         if relation.cover is not None:
             return f"({self.cover_sql(relation)}) AS {relation.alias}"
         return f"{relation.source} AS {relation.alias}"
@@ -400,6 +408,8 @@ class QueryBinder(ExpressionBinder):
                 "a JOIN without its condition",
                 "write ON …, USING (column), NATURAL JOIN, or CROSS JOIN",
             )
+        if node.kind == "RIGHT":  # turned around: what is attached to a relation must stand behind it
+            return lambda: f"({right()} LEFT OUTER JOIN {left()} ON {condition})"
         kind = {"INNER": "INNER"}.get(node.kind, f"{node.kind} OUTER")
         return lambda: f"({left()} {kind} JOIN {right()} ON {condition})"
 
@@ -408,7 +418,8 @@ class QueryBinder(ExpressionBinder):
         both = lefts | rights
         multiply = {"INNER": both, "LEFT": rights, "RIGHT": lefts}.get(node.kind, frozenset())
         look_up = {"INNER": both, "LEFT": lefts, "RIGHT": rights}.get(node.kind, frozenset())
-        values = self._conjuncts(node.on, multiply, look_up, multiply)
+        outer = {"LEFT": (lefts, rights), "RIGHT": (rights, lefts)}.get(node.kind)
+        values = self._conjuncts(node.on, multiply, look_up, multiply, outer)
         if any(value.aggregate for value in values):
             raise self.error(node.on.at, "an aggregate in ON")
         return values
@@ -461,11 +472,12 @@ class QueryBinder(ExpressionBinder):
         multiply: frozenset[str],
         look_up: frozenset[str],
         filters: frozenset[str],
+        outer: tuple[frozenset[str], frozenset[str]] | None = None,
     ) -> list[Value]:
         """Conditions joined by AND, each bound knowing that it stands alone."""
         values = []
         for part in _flatten(node):
-            self.pushed = _Pushed(part, multiply, look_up)
+            self.pushed = _Pushed(part, multiply, look_up, *(outer or ()))
             values.append(self.condition(part))
             self.conditions.append(Condition(self.scope, part, values[-1].relations, filters))
         self.pushed = None
@@ -487,6 +499,8 @@ class QueryBinder(ExpressionBinder):
             owner = self._owner(still)
             if pixel is None or around is None or owner is None or owner is around:
                 continue
+            if around.alias in pushed.kept and owner.alias in pushed.filled:
+                return self._attach(owner, around, _cover(order, radius.constant, moved), pixel)
             if owner.alias not in pushed.may_look_up or around.alias not in pushed.may_multiply:
                 continue
             choices.append((_rows(around), pixel, around, moved))
@@ -498,19 +512,20 @@ class QueryBinder(ExpressionBinder):
             raise MatchNeedsDuckDBError
         if around.cover is not None:
             return None
-        assert moved.lon.origin is not None
-        assert moved.lat.origin is not None
-        around.cover = Cover(
-            order,
-            radius.constant,
-            moved.lon.sql,
-            moved.lat.sql,
-            moved.lon.origin.column,
-            moved.lat.origin.column,
-        )
+        around.cover = _cover(order, radius.constant, moved)
         if self.dialect.name == "postgres":
             return f"{pixel} >= {around.alias}.adql_low AND {pixel} < {around.alias}.adql_high"
         return f"({pixel} >> {2 * (29 - order)}) = {around.alias}.adql_pixel"
+
+    def _attach(self, owner: Relation, around: Relation, cover: Cover, pixel: str) -> str | None:
+        """All rows of ``around`` are kept: to each the candidates of ``owner`` are attached before the join."""
+        table = around.table
+        if table is None or table.engine == "parquet" or owner.attached or owner.cover or around.attached:
+            return None  # rows without a number cannot be told apart
+        if self.dialect.name == "postgres" and table.engine != "arrow":
+            raise MatchNeedsDuckDBError
+        owner.attached = Attached(around, cover, pixel)
+        return f"{owner.alias}.adql_of = {around.alias}.adql_row"
 
     def _owner(self, point: Point) -> Relation | None:
         lon, lat = point.lon.origin, point.lat.origin
@@ -538,6 +553,13 @@ class QueryBinder(ExpressionBinder):
         if len(bound.columns) != 1:
             raise self.error(at, f"the query after IN has {len(bound.columns)} columns", "select one")
         return f"({bound.whole()})", Value("", bound.columns[0])
+
+
+def _cover(order: int, radius_deg: float, point: Point) -> Cover:
+    lon, lat = point.lon.origin, point.lat.origin
+    assert lon is not None
+    assert lat is not None
+    return Cover(order, radius_deg, point.lon.sql, point.lat.sql, lon.column, lat.column)
 
 
 def _rows(relation: Relation) -> float:

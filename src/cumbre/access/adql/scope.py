@@ -27,6 +27,8 @@ class Relation:
         Names of the columns with position and pixel, when it has them.
     used
         Columns that the query needs.
+    attached
+        Relation to whose rows the candidates of this one are attached beforehand (an outer match).
     cover
         Radius (degrees) and order of the pixels around each row that a match needs; none when None.
     """
@@ -39,6 +41,7 @@ class Relation:
     position: Position | None = None
     used: set[str] = field(default_factory=set)
     cover: Cover | None = None
+    attached: Attached | None = None
 
     @property
     def name(self) -> str:
@@ -62,6 +65,15 @@ class Cover:
     dec_sql: str
     ra: str
     dec: str
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """Rows of a relation that may match rows of another one, by equal pixels; ``pixel`` is SQL."""
+
+    around: Relation
+    cover: Cover
+    pixel: str
 
 
 @dataclass

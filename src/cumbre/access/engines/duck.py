@@ -113,7 +113,7 @@ class _Running:
         timer.start()
         try:
             for memory in plan.memories:
-                link.register(memory.name, memory.rows())
+                link.register(memory.name, _numbered(memory.rows()))
                 clean.append(f"view {memory.name}")
             for fetch in plan.fetches:
                 clean.append(f"table {fetch.name}")
@@ -147,7 +147,8 @@ class _Running:
                 fetch.schema, self._counted(reader.read(fetch.sql, fetch.schema))
             )
             link.register("adql_stream", source)
-            link.execute(f"CREATE TEMPORARY TABLE {fetch.name} AS SELECT * FROM adql_stream")  # noqa: S608
+            rows = "SELECT row_number() OVER () AS adql_row, * FROM adql_stream"
+            link.execute(f"CREATE TEMPORARY TABLE {fetch.name} AS {rows}")
         finally:
             self._fetching = None
             link.unregister("adql_stream")
@@ -226,6 +227,14 @@ class _Running:
         if isinstance(error, duckdb.IOException):
             return TransientError(f"the files of the catalogue cannot be read: {text}")
         return FatalError(f"DuckDB refuses our SQL: {text}")
+
+
+def _numbered(rows: pa.Table) -> pa.Table:
+    """With a number for each row."""
+    import numpy as np
+    import pyarrow as pa
+
+    return rows.append_column("adql_row", pa.array(np.arange(rows.num_rows)))
 
 
 def _conform(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:

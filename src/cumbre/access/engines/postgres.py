@@ -198,6 +198,7 @@ def _upload_cover(link: psycopg.Connection[Any], cover: PixelCover) -> None:
         for row, around in enumerate(pixels.tolist()):
             for low, high in _joined([pixel for pixel in around if pixel >= 0]):
                 stream.write_row((row, low << shift, high << shift))
+    link.execute(f"CREATE INDEX ON {cover.name} (adql_row)".encode())
     link.execute(f"ANALYZE {cover.name}".encode())
 
 
