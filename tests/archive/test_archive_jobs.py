@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -191,7 +192,35 @@ def test_a_job_of_a_lost_pair_is_sent_by_another_once(
     until(lambda: ("ok", 2) in [(r[1], r[2]) for r in results(bus)])
     assert ("ok", 1) not in [(r[1], r[2]) for r in results(bus)]
     assert len(hops(bus, "at_base")) == 4
+    until(lambda: taken(bus, "base-2") > 120_000)
+    assert taken(bus, "base-1") < 1000  # the manifest at most
     until(lambda: pools_of(bus, "replicator-1") == [FULL, LOCAL, FULL])
+
+
+def taken(bus: Bus, name: str) -> int:
+    """Bytes that a distributor says it has received."""
+    said = [m.fields for m in bus.replay(["Replicator.distributor"]) if m.fields["name"] == name]
+    return int(said[-1]["receivedBytes"]) if said else 0
+
+
+def test_a_slow_pair_keeps_its_files_and_another_sends_them(
+    led: Site, bus: Bus, chain: list[Replicator]
+) -> None:
+    for replicator in chain[:1]:
+        replicator.watch._expected_s = 0.2
+    control_link(led, "summit", "base", bandwidth_mbit_s=0.2)  # 0.15 MB/s on the fast clock
+    bus.publish("Control.job", job(1))
+    write_image(led, bus, 1, size=60_000)
+    until(lambda: chain[0].watch.pool == LOCAL)
+    control_link(led, "summit", "base")
+    time.sleep(1.5)
+    # Two may have been under way when it became slow, not more.
+    assert len(chain[0].buffer) >= 2
+    slow = [m.fields["reason"] for m in bus.replay(["Replicator.registration"]) if m.fields["pool"] == LOCAL]
+    assert slow[0].startswith("slow: ")
+    bus.publish("Control.job", job(1, pair=2, attempt=2))
+    until(lambda: len(hops(bus, "at_base")) == 4)
+    assert chain[0].watch.pool == LOCAL
 
 
 def test_after_a_restart_a_pair_goes_on_with_its_jobs(led: Site, bus: Bus, clock: Clock) -> None:
