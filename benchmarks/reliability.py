@@ -1,4 +1,4 @@
-"""Completeness, purity and training of the reliability on simulated detector images of known truth.
+"""Completeness, purity and training of the logistic reliability on simulated detector images of known truth.
 
     python benchmarks/reliability.py FOLDER --seeds 201 202        # measure
     python benchmarks/reliability.py FOLDER --seeds 111 112 113 114 115 --train --real PAIR
@@ -25,67 +25,25 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import numpy as np
 from numpy.typing import NDArray
 
-from cumbre.core.configuration import Site
-from cumbre.core.instrument import load_instrument
-
 MATCH_ARCSEC = 1.5
-VISIT_DAYS = (0, 2, 5, 9, 14, 20, 27)
 LIMITS = (6.0, 8.0, 10.0)
 FIRST_TEST_SEED = 200
 FIRST_RICH_TEST_SEED = 300
 LEAST_WEIGHTS = {"host": 1.3, "wide": 0.4}
 """The simulated skies have too few stars to teach these: faint detections in the wings of stars are noise."""
-TRAINING_SKY = "  transients_per_detector: 14\n  variables_fraction: 0.03\n  asteroids_per_deg2: 120\n"
-"""More of everything than a night has; test skies are as a site's are."""
 
 
 def make_images(
     folder: Path, seed: int, detectors: int, visits: int
 ) -> Iterator[tuple[str, Any, Any, Any, Any, Any, dict[str, NDArray[Any]]]]:
     """Render what is missing of one seed's tile; yield (name, raw, calibrations, template, refcat, instrument, truth)."""
-    from cumbre.core.ids import ObsId
-    from cumbre.core.time import day_obs_from_tai
-    from cumbre.payloads.calibration import Calibrations
-    from cumbre.payloads.exposure_file import load_exposure
-    from cumbre.payloads.refcat import RefCat
-    from cumbre.simulator.exposure import ExposureRequest
-    from cumbre.simulator.preparation import SIDEREAL_DAY_S, prepare_sky
-    from cumbre.simulator.truth import detector_truth
-    from cumbre.site import preparation
-    from cumbre.site.profiles import create_site
+    from cumbre.site.quality_images import make_cases
 
-    root = folder / f"seed{seed}"
-    if not (root / "site.yaml").exists():
-        site = create_site(root, seed=seed)
-        text = (root / "site.yaml").read_text().replace("tiles: 3", "tiles: 1")
-        if seed < FIRST_TEST_SEED or seed >= FIRST_RICH_TEST_SEED:
-            text += TRAINING_SKY
-        (root / "site.yaml").write_text(text)
-    site = Site.load(root)
-    instrument = load_instrument(site.config.instruments[0])
-    sky = prepare_sky(site)
-    chosen = [d.name for d in instrument.detectors if d.purpose == "SCIENCE"][:detectors]
-    tasks = [t for t in preparation._tasks(site, instrument, sky) if t.detector in chosen]
-    for task in sorted(tasks, key=lambda t: t.kind):
-        if not Path(task.out).exists():
-            preparation.make(task)
-    reference = RefCat.load(root / "refcat" / "refcat.parquet")
-    tile, band = sky.tiles[0], site.config.scheduler.filters[0]
-    exposure_s = site.config.scheduler.exposure_s
-    filter_name = instrument.filter(band).name
-    for number, day in enumerate(VISIT_DAYS[:visits]):
-        begin = sky.start_tai + 1800.0 + day * SIDEREAL_DAY_S + 900.0 * number
-        obs_id = str(ObsId(day_obs_from_tai(begin), 500 + number, instrument.prefix))
-        request = ExposureRequest(
-            obs_id, "OBJECT", exposure_s, filter_name, tile.ra, tile.dec, 0.0, begin, group_id=f"v{number}"
-        )
-        for name in chosen:
-            detector = instrument.detector(name)
-            raw = preparation._raw(site, instrument, name, request, sky)
-            calibrations = Calibrations.load(preparation.calibration_path(site, instrument, name, band))
-            template = load_exposure(root / "archive" / "templates" / tile.name / f"{band}_{name}.fits")
-            truth = detector_truth(instrument, detector, request, sky, seed)
-            yield f"{seed}/{obs_id}/{name}", raw, calibrations, template, reference, instrument, truth
+    rich = seed < FIRST_TEST_SEED or seed >= FIRST_RICH_TEST_SEED
+    for case in make_cases(folder, seed, detectors=detectors, visits=visits, rich=rich):
+        yield (
+            case.name, case.raw, case.calibrations, case.template, case.reference, case.instrument, case.truth,
+        )  # fmt: skip
 
 
 def match(
@@ -101,11 +59,12 @@ def match(
     return distance.min(axis=1), distance.argmin(axis=1)
 
 
-def run_seed(job: tuple[str, int, int, int]) -> list[dict[str, Any]]:
+def run_seed(job: tuple[str, int, int, int], classifier: str = "logistic") -> list[dict[str, Any]]:
     """Process the images of one seed; one record a detector image."""
     import cv2
 
     from cumbre.payloads.alert_production import produce
+    from cumbre.payloads.difference import DifferenceConfig
 
     cv2.setNumThreads(1)
     folder, seed, detectors, visits = job
@@ -114,7 +73,10 @@ def run_seed(job: tuple[str, int, int, int]) -> list[dict[str, Any]]:
         Path(folder), seed, detectors, visits
     ):
         begun = time.monotonic()
-        made = produce(raw, calibrations, template, reference, instrument=instrument)
+        made = produce(
+            raw, calibrations, template, reference, instrument=instrument,
+            config=DifferenceConfig(classifier=classifier),
+        )  # fmt: skip
         sources = made.result.sources
         out.append(
             {
@@ -156,12 +118,14 @@ def real_pair(folder: Path) -> dict[str, Any]:
     """A real pair with planted sources: ``2.fits.fz``, reference ``1.fits.fz``, ``truth_new_sources.ecsv`` (x, y)."""
     from astropy.table import Table
 
+    from cumbre.payloads.difference import DifferenceConfig
     from cumbre.payloads.image_input import load_exposure
     from cumbre.payloads.image_stack import align_to
     from cumbre.payloads.processing import process_pair
 
     science, reference = load_exposure(folder / "2.fits.fz"), load_exposure(folder / "1.fits.fz")
-    result = process_pair(science, align_to(science, reference, name="1.fits.fz"))
+    template = align_to(science, reference, name="1.fits.fz")
+    result = process_pair(science, template, DifferenceConfig(classifier="logistic"))
     planted, sources = Table.read(folder / "truth_new_sources.ecsv"), result.sources
     apart = np.hypot(
         sources["x"][:, None] - np.asarray(planted["x"]), sources["y"][:, None] - np.asarray(planted["y"])

@@ -33,8 +33,9 @@ from cumbre.cli.main import print_json
     "--real",
     "pairs",
     multiple=True,
-    type=(click.Path(path_type=Path, exists=True), click.Path(path_type=Path, exists=True)),
-    help="A real image and its reference; sources are planted in the first. May be given again.",
+    type=(click.Path(path_type=Path, exists=True), click.Path(path_type=Path, exists=True), str),
+    help="A real image, its reference, and a table with columns x, y of new sources in it that are known and left out"
+    " (- for none); sources are planted in the image. May be given again.",
 )
 @click.option(
     "--work", type=click.Path(path_type=Path), help="Keeps what was simulated. [default: a temporary folder]"
@@ -42,7 +43,7 @@ from cumbre.cli.main import print_json
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(1, 64), help="Processes.")
 @click.option("--json", "as_json", is_flag=True, help="Print reliability.json.")
 def train(
-    out: Path, seed: int, skies: str, detectors: int, visits: int, fine: str, pairs: tuple[tuple[Path, Path], ...],
+    out: Path, seed: int, skies: str, detectors: int, visits: int, fine: str, pairs: tuple[tuple[Path, Path, str], ...],
     work: Path | None, workers: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Train the network that gives every difference source its reliability, and write it as ONNX.
@@ -52,7 +53,7 @@ def train(
     \b
     Examples:
       cumbre train --out model --work training-sky --workers 2
-      cumbre train --out model --real new.fits old.fits
+      cumbre train --out model --real new.fits old.fits -
     """
     from cumbre.core.errors import UserError
     from cumbre.site import quality_training as training
@@ -72,7 +73,10 @@ def train(
         folder = str(work or temporary)
         jobs = [training.Job(folder, s, detectors=detectors, visits=visits) for s in coarse]
         jobs += [training.Job(folder, s, size="4k", detectors=1, visits=min(visits, 2)) for s in finer]
-        jobs += [training.Job(folder, 0, science=str(a), template=str(b)) for a, b in pairs]
+        jobs += [
+            training.Job(folder, 0, science=str(a), template=str(b), known="" if c == "-" else c)
+            for a, b, c in pairs
+        ]
         if not jobs:
             raise UserError("nothing to train on: give --skies, --fine or --real")
         about = training.train(jobs, out, seed=seed, workers=workers)

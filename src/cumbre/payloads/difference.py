@@ -45,7 +45,7 @@ class DifferenceConfig:
     max_sources
         Peaks measured at most, most significant first.
     classifier
-        ``network`` (the shipped model) or ``logistic``.
+        ``network`` (the shipped model, for images like those it was trained on) or ``logistic``.
     """
 
     threshold: float = 5.0
@@ -54,7 +54,7 @@ class DifferenceConfig:
     decorrelate: bool = True
     reliable: float = 0.5
     max_sources: int = 5000
-    classifier: str = "logistic"
+    classifier: str = "network"
 
 
 @dataclass(frozen=True, slots=True)

@@ -166,8 +166,9 @@ def process_pair(
     version = classify.VERSION
     if config.classifier == "network":
         model = realbogus.load_model()
-        version = model.version
-        sources["reliability"] = model.scores(described.inputs)
+        if model.covers(fwhm_px=fwhm, noise_correlation=scale):
+            version = model.version
+            sources["reliability"] = model.scores(described.inputs)
     sources["reliability"][features[:, -1] > 0] = 0.0
     metrics = dict(made.metrics)
     metrics |= {

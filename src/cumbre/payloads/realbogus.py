@@ -2,7 +2,8 @@
 
 The model (``models/reliability.onnx``, made by ``cumbre train``) is a perceptron on the measured features of
 :mod:`cumbre.payloads.kernels.classify` and of :mod:`cumbre.payloads.kernels.stamp_features`. Scores are the mean over
-the eight ways to turn and mirror the stamps. ``models/reliability.json`` says what it was trained on.
+the eight ways to turn and mirror the stamps. ``models/reliability.json`` says what it was trained on and for which
+images it may be used (``domain``: width of the PSF, correlation of the noise); others get the logistic model's score.
 """
 
 from __future__ import annotations
@@ -169,6 +170,7 @@ class Model:
             raise BadFileError(f"{path}: no reliability model here; make one with `cumbre train`")
         self.about: dict[str, Any] = json.loads(about.read_text())
         self.version: str = self.about["version"]
+        self.domain: dict[str, list[float]] = self.about.get("domain", {})
         if self.about["inputs"] != N_INPUTS:
             raise BadFileError(
                 f"{path}: made for {self.about['inputs']} inputs, this version gives {N_INPUTS}; train it again"
@@ -178,6 +180,19 @@ class Model:
         self._session: onnxruntime.InferenceSession = onnxruntime.InferenceSession(
             path.read_bytes(), options, providers=["CPUExecutionProvider"]
         )
+
+    def covers(self, *, fwhm_px: float, noise_correlation: float) -> bool:
+        """Whether the model was trained on images like this one.
+
+        Parameters
+        ----------
+        fwhm_px
+            Of the wider PSF of the pair.
+        noise_correlation
+            Measured rms of the matched filter's significance before normalisation; 1 for white noise.
+        """
+        values = {"fwhm_px": fwhm_px, "noise_correlation": noise_correlation}
+        return all(low <= values[name] <= high for name, (low, high) in self.domain.items())
 
     def scores(self, inputs: NDArray[np.float32]) -> NDArray[np.float64]:
         """Reliability 0…1 of each row."""

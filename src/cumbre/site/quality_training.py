@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from cumbre.payloads import injection
 from cumbre.payloads.difference import DifferenceConfig
+from cumbre.payloads.realbogus import SCALARS
 from cumbre.payloads.training import Examples, joined
 from cumbre.site import quality
 from cumbre.site.quality_images import Case, debris, make_cases
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from cumbre.payloads.processing import DifferenceResult
 
 PLANTED = injection.InjectionConfig(transients=40, variables=30, snr=(4.5, 150.0))
+PLANTED_IN_REAL = injection.InjectionConfig(transients=120, variables=40, snr=(6.0, 250.0), apart_fwhm=6.0)
 REAL_FALSE_WEIGHT = 0.3
 FAINTEST = 4.0
 MORE_HITS = 8
@@ -35,7 +37,10 @@ MORE_HITS = 8
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Images of one seed, or one real pair (``science``, ``template``)."""
+    """Images of one seed, or one real pair (``science``, ``template``).
+
+    ``known`` is a table with columns x, y of real new sources in ``science``: no examples are made of them.
+    """
 
     folder: str
     seed: int
@@ -45,6 +50,7 @@ class Job:
     visits: int = 5
     science: str = ""
     template: str = ""
+    known: str = ""
 
 
 def examples_of(job: Job) -> Examples:
@@ -53,7 +59,7 @@ def examples_of(job: Job) -> Examples:
 
     cv2.setNumThreads(1)
     if job.science:
-        return _real_pair(Path(job.science), Path(job.template), job.seed)
+        return _real_pair(job)
     cases = make_cases(
         Path(job.folder), job.seed, detectors=job.detectors, visits=job.visits, size=job.size, rich=job.rich
     )
@@ -169,20 +175,26 @@ def _examples(
     )
 
 
-def _real_pair(science_path: Path, template_path: Path, seed: int) -> Examples:
+def _real_pair(job: Job) -> Examples:
     """A real pair of images with planted sources."""
+    from astropy.table import Table
+
     from cumbre.payloads.difference import find_stars, measure_psf
     from cumbre.payloads.image_input import load_exposure
     from cumbre.payloads.image_stack import align_to
     from cumbre.payloads.processing import process_pair
 
+    science_path, template_path = Path(job.science), Path(job.template)
     science, reference = load_exposure(science_path), load_exposure(template_path)
     template = align_to(science, reference, name=template_path.name)
     stars = find_stars(science)
     science.psf = measure_psf(science, stars)
     science.metadata["stars"] = _star_table(stars)
-    rng = injection.seed_of("training", science_path.name, template_path.name, seed)
-    fakes = injection.plan(science, rng, PLANTED)
+    rng = injection.seed_of("training", science_path.name, template_path.name, job.seed)
+    fakes = injection.plan(science, rng, PLANTED_IN_REAL)
+    listed = Table.read(job.known) if job.known else None
+    if listed is not None:
+        fakes = fakes[_distance(fakes, listed["x"], listed["y"]) > 10]
     planted = injection.plant(science, fakes, rng)
     planted.psf = None
     planted.metadata.pop("stars")
@@ -192,6 +204,8 @@ def _real_pair(science_path: Path, template_path: Path, seed: int) -> Examples:
     science.psf = result.difference.science_psf
     planted.psf, planted.metadata["stars"] = science.psf, science.metadata["stars"]
     _label_planted(result, planted, fakes, label, what)
+    if listed is not None and len(result.sources):
+        label[_distance(result.sources, listed["x"], listed["y"]) < 5] = quality.UNSURE
     return _examples(result, label, what, REAL_FALSE_WEIGHT)
 
 
@@ -224,12 +238,22 @@ def train(jobs: list[Job], out: Path, *, seed: int = 1, workers: int = 1) -> dic
         "version": f"cumbre-net-1-{digest[:8]}",
         "seed": seed,
         "trained_on": [_described(job) for job in jobs],
+        "domain": _domain(examples),
         "n_real": int(examples.is_real.sum()),
         "n_false": int((~examples.is_real).sum()),
         "held_out": training.curves(apart, trial.scores(apart.inputs)),
     }
     training.export(network, out / f"{MODEL_NAME}.onnx", about)
     return about
+
+
+def _domain(examples: Examples) -> dict[str, list[float]]:
+    """Images that the model may be used for: PSF widths of the examples, and noise as white as theirs."""
+    width = 4.0 * examples.inputs[:, SCALARS.index("fwhm")]
+    return {
+        "fwhm_px": [round(0.93 * float(width.min()), 2), round(1.1 * float(width.max()), 2)],
+        "noise_correlation": [0.8, 1.25],
+    }
 
 
 def _part(examples: Examples, keep: NDArray[np.bool_]) -> Examples:
