@@ -37,6 +37,7 @@ MODULE = "cumbre.site.supervisor"
 STATE_FILE = "run/supervisor.json"
 LOCK_FILE = "run/supervisor.lock"
 DSN_FILE = "run/postgres.dsn"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0)
 STOP_DEADLINE_S = 8.0
 ORPHAN_DEADLINE_S = 3.0
@@ -143,10 +144,15 @@ class Supervisor:
         The supervisor has one thread, no bus and no database connection: nothing a fork could break.
         """
         path = self.site.root / "logs" / f"{child.name}.log"
+        # Our handlers are not the child's: a stop that came before it has its own would be lost.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         child.pid = os.fork()
         if child.pid == 0:
             code = 1
             try:
+                for number in STOP_SIGNALS:
+                    signal.signal(number, signal.SIG_DFL)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
                 os.environ[PARENT_VARIABLE] = str(os.getppid())
                 if self._lock is not None:
                     self._lock.close()
@@ -163,6 +169,7 @@ class Supervisor:
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(code)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         child.state, child.started_s = "running", time.monotonic()
         log.info("%s started, pid %d", child.name, child.pid)
 
@@ -208,7 +215,7 @@ class Supervisor:
 
     def run(self) -> None:
         """Run until SIGTERM or SIGINT, then stop everything in order."""
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOP_SIGNALS:
             signal.signal(number, lambda *_: setattr(self, "stopping", True))
         self.acquire()
         self.end_orphans()
