@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transfer_double import DETECTORS, hops, obs_id, running, until, write_image
 
@@ -108,6 +108,7 @@ actions = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(actions)
 def test_two_books_never_claim_the_same_file(history: list[tuple[Any, ...]]) -> None:
     """The same messages, in the same order, to three pairs: at any time a file is the work of one at most."""

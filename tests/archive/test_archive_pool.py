@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterable
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cumbre.archive.pool import (
@@ -185,6 +185,7 @@ events = st.one_of(
 )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 90), events), max_size=40), st.integers(0, 5))
 def test_whatever_happened_it_comes_back_when_all_is_well_again(
     history: list[tuple[float, Event]], seed: int
