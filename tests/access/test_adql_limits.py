@@ -8,6 +8,9 @@ import pytest
 
 from cumbre.access.adql.errors import AdqlError
 from cumbre.access.adql.parser import parse
+from cumbre.access.planner import make_plan
+from cumbre.access.tables import Column, Position, Table, Tables
+from cumbre.access.user import ANYBODY
 
 HOSTILE = {
     "ten megabytes of terms": "SELECT " + "1 + " * 2_500_000 + "1 FROM t",
@@ -55,6 +58,30 @@ def test_what_is_long_but_honest_is_taken() -> None:
     parse("SELECT a FROM t WHERE id IN (" + ", ".join(str(i) for i in range(30_000)) + ")")
     parse("SELECT a FROM t WHERE " + " OR ".join(f"id = {i}" for i in range(5_000)))
     parse("SELECT " + ", ".join(f"c{i}" for i in range(2_000)) + " FROM t")
+
+
+def nested(call: str, depth: int) -> str:
+    inner = "ra"
+    for _ in range(depth):
+        inner = call.format(inner)
+    return inner
+
+
+@pytest.mark.parametrize(
+    "adql",
+    [
+        f"SELECT {nested('DISTANCE(ra, {}, 1, 2)', 40)} FROM t",  # doubles with each step
+        "SELECT ra FROM t WHERE "
+        + " OR ".join(f"DISTANCE(ra, dec, {i % 360}, 2) < 0.1" for i in range(5000)),
+    ],
+)
+def test_what_grows_when_it_is_regenerated_is_refused(adql: str) -> None:
+    columns = (Column("ra", "double"), Column("dec", "double"), Column("hpx29", "long"))
+    table = Table("c", "t", columns, engine="postgres", source="c.t", position=Position("ra", "dec", "hpx29"))
+    begin = time.process_time()
+    with pytest.raises(AdqlError, match="too large"):
+        make_plan(adql, tables=Tables([table]), user=ANYBODY)
+    assert time.process_time() - begin < 5
 
 
 @pytest.mark.parametrize(

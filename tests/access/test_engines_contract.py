@@ -256,6 +256,29 @@ def test_regions_in_columns(place: Place) -> None:
     assert {i for i, d in distance.items() if d < 2.4} <= boxes
 
 
+def test_a_polygon_with_many_corners(place: Place) -> None:
+    """Two hundred corners on a circle of 20 degrees: nearly the circle."""
+    angle = np.linspace(0, 2 * np.pi, 200, endpoint=False)
+    ra = 40 + np.degrees(np.arctan2(np.sin(np.radians(20)) * np.sin(angle), np.cos(np.radians(20))))
+    dec = np.degrees(np.arcsin(np.sin(np.radians(20)) * np.cos(angle)))
+    listed = ", ".join(f"{a}, {d}" for a, d in zip(ra.tolist(), dec.tolist(), strict=True))
+    sql = make_plan(
+        f"SELECT id FROM stars WHERE 1 = CONTAINS(POINT(ra, dec), POLYGON({listed}))",
+        tables=place.tables,
+        user=ANYBODY,
+    ).sql()
+    assert len(sql) < 20_000
+    assert "hpx29" in sql
+    found = {
+        r[0]
+        for r in place.rows(f"SELECT id FROM stars WHERE 1 = CONTAINS(POINT(ra, dec), POLYGON({listed}))")
+    }
+    distance = separation(40, 0)
+    assert set(column("id")[distance < 19.98]) <= found
+    assert found <= set(column("id")[distance < 20.001])
+    assert found
+
+
 def test_measures_of_geometry(place: Place) -> None:
     row = place.rows(
         """SELECT TOP 1 AREA(CIRCLE(10, 20, 180)), AREA(POLYGON(0, 0, 90, 0, 0, 90)), COORD1(POINT(12, 34)),

@@ -20,6 +20,8 @@ from cumbre.core.errors import NotFoundError
 if TYPE_CHECKING:
     import pyarrow as pa
 
+MAX_SQL = 3_000_000
+"""Characters of SQL that are given to an engine."""
 MAX_UPLOAD_TO_POSTGRES = 500_000
 """Uploads with more rows are joined by the other engine."""
 
@@ -126,6 +128,11 @@ class _Planner:
     def plan(self) -> Plan:
         binder = QueryBinder(self.text, self.dialect, self._find, self._source, self._cover, self._attach)
         query = binder.statement(self.statement)
+        if len(query.sql) > MAX_SQL:
+            raise AdqlError(
+                "the query is too large for an engine",
+                remedy="put long lists of values or regions into an uploaded table and join it",
+            )
         columns = tuple(query.columns)
         fetches = () if self.dialect.name == "postgres" else tuple(self._fetches(binder))
         return Plan(

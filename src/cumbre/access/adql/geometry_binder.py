@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from cumbre.access.adql.errors import AdqlError
     from cumbre.access.adql.scope import Scope
 
+MAX_CORNERS_IN_SQL = 40
+"""Polygons with more corners are tested by a function: their SQL would be longer than it is fast."""
 SHAPES = ("point", "circle", "polygon")
 _SYSTEMS = ("", "ICRS", "FK5", "ICRS GEOCENTER", "ICRS BARYCENTER", "J2000", "UNKNOWNFRAME")
 _FLIPPED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "=": "=", "<>": "<>"}
@@ -297,7 +299,7 @@ class GeometryBinder:
                 return self._near(node, a, b, radius, strict=False)
             case Point(), Box() | Polygon():
                 shape = constant_shape(second)
-                if shape is not None:
+                if shape is not None and len(shape.ra) <= MAX_CORNERS_IN_SQL:
                     test = f.make(in_shape_sql(self.dialect, first, shape), f.BOOLEAN, first.lon, first.lat)
                     return self._with_pixels(first, second, test)
         (one, shape_one), (two, shape_two) = array_sql(self.dialect, first), array_sql(self.dialect, second)
