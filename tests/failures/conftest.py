@@ -146,7 +146,7 @@ def _site() -> Iterator[Running]:
     set_clock(site)
     try:
         start_detached(site)
-        wait_ready(site)
+        wait_ready(site, wait_s=300.0)
         yield Running(site)
     finally:
         stop_site(site, wait_s=120.0)

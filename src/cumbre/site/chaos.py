@@ -59,6 +59,8 @@ TAKEN_GRACE_S = 60.0
 """Real seconds that the last exposures get to end after the order to stop."""
 CATCH_UP_S = 240.0
 """Real seconds to catch up after the last fault, at least; a sixth of the run when that is longer."""
+READY_S = 600.0
+"""A machine may be busy with other things when the run begins."""
 STOP_S = 120.0
 STUCK_S = 100.0
 """Real seconds after which problems of the proof that do not change are final."""
@@ -321,7 +323,8 @@ class _Keeper(threading.Thread):
 
     def end(self) -> None:
         self._ended.set()
-        self.join(timeout=90.0)
+        if self.is_alive():
+            self.join(timeout=90.0)
 
 
 class _Journal:
@@ -411,7 +414,8 @@ class _Watcher(threading.Thread):
     def end(self) -> None:
         """Look no more."""
         self._stopped.set()
-        self.join(timeout=30.0)
+        if self.is_alive():
+            self.join(timeout=30.0)
 
 
 def site_pids(site: Site) -> dict[str, int]:
@@ -452,7 +456,7 @@ class Chaos:
         keeper = _Keeper(self.site)
         journal = _Journal(self.site.root / FOLDER / JOURNAL, self._say, time.monotonic())
         try:
-            nights.wait_ready(self.site)
+            nights.wait_ready(self.site, wait_s=READY_S)
             self._say(
                 f"services ready after {time.monotonic() - begun:.0f} s; {len(self.plan)} faults to come"
             )

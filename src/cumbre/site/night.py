@@ -147,7 +147,7 @@ def set_clock(site: Site) -> Clock:
     return clock
 
 
-def wait_ready(site: Site) -> None:
+def wait_ready(site: Site, *, wait_s: float = READY_DEADLINE_S) -> None:
     """Wait until every role has said that it is enabled.
 
     Raises
@@ -169,11 +169,9 @@ def wait_ready(site: Site) -> None:
         state = read_state(site) or {"services": []}
         now = {service["name"]: service["pid"] for service in state["services"]}
         waiting = {name for name in roles if name not in now or enabled.get(name) != now[name]}
-        if time.monotonic() - since > READY_DEADLINE_S:
+        if time.monotonic() - since > wait_s:
             logs = ", ".join(str(site.root / "logs" / f"{name}.log") for name in sorted(waiting))
-            raise DeadlineError(
-                f"not ready after {READY_DEADLINE_S:.0f} s: {', '.join(sorted(waiting))}; see {logs}"
-            )
+            raise DeadlineError(f"not ready after {wait_s:.0f} s: {', '.join(sorted(waiting))}; see {logs}")
     if site.config.archive.control:
         _wait_enabled(site, bus, enabled)
 
