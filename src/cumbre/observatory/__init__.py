@@ -3,5 +3,6 @@
 In: the survey's tiles (``survey.json``), the night's order (``night.json``), Camera.endReadout,
 ScriptQueue.pause and ScriptQueue.resume. Out: Scheduler.target, ScriptQueue.nextVisit and
 nextVisitCanceled, the Camera.takeImages command. State: ``observatory/queue.json`` of the site.
-Systems A4 (header service), A5 (thin script queue), A6 (scheduler).
+Subrooms: ``component`` (commandable components), ``control`` (the four entities and the control systems).
+Systems A2, A3, A4 (header service), A5 (thin script queue), A6 (scheduler).
 """
