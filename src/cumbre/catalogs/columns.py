@@ -41,6 +41,14 @@ def circle_ranges(ra_deg: float, dec_deg: float, radius_deg: float) -> list[tupl
     return [(int(low) << shift, int(high) << shift) for low, high in ranges]
 
 
+def circle_pixels(ra_deg: float, dec_deg: float, radius_deg: float, order: int) -> list[int]:
+    """Nested pixels of an order that a circle touches, ascending."""
+    import hpgeom
+
+    pixels = hpgeom.query_circle(1 << order, ra_deg % 360.0, dec_deg, radius_deg, inclusive=True)
+    return sorted(int(pixel) for pixel in pixels)
+
+
 def separation_deg(
     ra_deg: float, dec_deg: float, ras_deg: NDArray[np.float64], decs_deg: NDArray[np.float64]
 ) -> NDArray[np.float64]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cumbre.catalogs.columns import Rows, circle_ranges, conform, separation_deg
+from cumbre.catalogs.columns import Rows, circle_pixels, circle_ranges, conform, separation_deg
 from cumbre.catalogs.schema import level1_ddl, level1_tables
 from cumbre.core.errors import ConflictError
 from cumbre.core.time import Clock, mjd_from_seconds
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 HISTORY_DAYS = 365.25
+LOCK_ORDER = 9
+"""HEALPix order of the pixels that are locked: 7 arc minutes, about a detector."""
+LOCK_WAIT_S = 60
+_LOCK_SPACE = 0x6C31  # "l1"
 _OUTBOX = """
 CREATE SCHEMA IF NOT EXISTS level1;
 CREATE TABLE level1.felis (sha256 text PRIMARY KEY, applied timestamptz NOT NULL DEFAULT now());
@@ -87,6 +92,33 @@ class Level1:
 
             sources = pa.concat_tables([sources, orphans]).sort_by("midpointMjdTai")
         return {"DiaObject": objects, "DiaSource": sources, "DiaForcedSource": forced}
+
+    @contextmanager
+    def exclusive(self, ra: float, dec: float, radius_deg: float) -> Iterator[None]:
+        """Be the only one who associates in a circle, from reading its history to storing what follows from it.
+
+        Two overlapping images that are processed side by side would else make two objects of one new source. Whoever
+        dies lets go; circles that do not touch do not wait for each other.
+
+        Parameters
+        ----------
+        ra, dec, radius_deg
+            Circle, ICRS degrees.
+
+        Raises
+        ------
+        TransientError
+            Somebody else held it for more than ``LOCK_WAIT_S``.
+        """
+        pixels = circle_pixels(ra, dec, radius_deg, LOCK_ORDER)
+        with self._db.connection() as link:
+            link.execute(f"SET LOCAL lock_timeout = '{LOCK_WAIT_S}s'".encode())
+            # in one order everywhere, so nobody waits in a ring
+            link.execute(
+                "SELECT pg_advisory_xact_lock(%s, pixel) FROM (SELECT unnest(%s::int[]) AS pixel ORDER BY 1) AS p",
+                (_LOCK_SPACE, pixels),
+            )
+            yield
 
     def store(
         self,

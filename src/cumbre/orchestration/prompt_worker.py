@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections import OrderedDict
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -174,21 +175,22 @@ def process(payload: dict[str, Any]) -> dict[str, Any]:
         )
     from cumbre.alerts.archive import rejections
 
-    made, packets = _produce(payload, raw, inputs, level1)
-    try:
-        level1.store(
-            image["exposure_id"],
-            detector.id,
-            dia_sources=made.dia_sources,
-            dia_objects=made.dia_objects,
-            forced=made.forced,
-            packets=packets,
-            rejected=rejections(
-                made.dia_sources, (identifier for identifier, _ in packets), float(payload["reliability"])
-            ),
-        )
-    except ConflictError:
-        log.info("stored meanwhile by another try")
+    with ExitStack() as held:
+        made, packets = _produce(payload, raw, inputs, level1, held)
+        try:
+            level1.store(
+                image["exposure_id"],
+                detector.id,
+                dia_sources=made.dia_sources,
+                dia_objects=made.dia_objects,
+                forced=made.forced,
+                packets=packets,
+                rejected=rejections(
+                    made.dia_sources, (identifier for identifier, _ in packets), float(payload["reliability"])
+                ),
+            )
+        except ConflictError:
+            log.info("stored meanwhile by another try")
     if made.injected is not None:
         write_injected(Path(payload["site"]), image["exposure_id"], detector.id, band, made.injected)
     wall = time.monotonic() - begun
@@ -207,9 +209,12 @@ def _is_number(value: float | None) -> bool:
 
 
 def _produce(
-    payload: dict[str, Any], raw: RawDetector, inputs: Inputs, level1: Level1
+    payload: dict[str, Any], raw: RawDetector, inputs: Inputs, level1: Level1, held: ExitStack
 ) -> tuple[DetectorResult, list[tuple[int, bytes]]]:
-    """Run the payload; (its result, the alerts as (diaSourceId, packet))."""
+    """Run the payload; (its result, the alerts as (diaSourceId, packet)).
+
+    ``held`` keeps the region from the reading of its history until the result is stored.
+    """
     from cumbre.alerts.packet import packet_bytes
     from cumbre.payloads.alert_production import produce
     from cumbre.payloads.difference import DifferenceConfig
@@ -217,13 +222,19 @@ def _produce(
 
     field, least = inputs.field, float(payload["reliability"])
     clock = Clock.load(Path(payload["site"]) / "clock.json")
+
+    def history() -> dict[str, Any]:
+        circle = (field.centre_ra, field.centre_dec, field.radius_deg)
+        held.enter_context(level1.exclusive(*circle))
+        return dict(level1.load_region(*circle))
+
     made = produce(
         raw,
         inputs.calibrations,
         inputs.template,
         inputs.reference,
         instrument=raw.instrument,
-        history=level1.load_region(field.centre_ra, field.centre_dec, field.radius_deg),
+        history=history,
         processed_mjd_tai=mjd_from_seconds(clock.now_tai_s()),
         config=DifferenceConfig(threshold=float(payload["detection_sigma"]), reliable=least),
         inject=InjectionConfig()

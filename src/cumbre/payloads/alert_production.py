@@ -27,7 +27,7 @@ from cumbre.payloads.kernels.warp import warp_between
 from cumbre.payloads.processing import DifferenceResult, process_pair
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -106,7 +106,7 @@ def produce(
     reference: RefCat | None,
     *,
     instrument: Instrument | None = None,
-    history: Mapping[str, Any] | None = None,
+    history: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
     processed_mjd_tai: float | None = None,
     config: DifferenceConfig | None = None,
     inject: InjectionConfig | None = None,
@@ -125,7 +125,8 @@ def produce(
         Needed for raw images.
     history
         ``DiaObject``, ``DiaSource``, ``DiaForcedSource`` around the image (Arrow tables or lists of rows), as
-        ``Level1.load_region`` gives them; None for no history.
+        ``Level1.load_region`` gives them; None for no history. A function is called when the sources are measured,
+        so that what other detectors stored meanwhile is there too.
     processed_mjd_tai
         Time of processing; now when not given.
     config
@@ -160,7 +161,8 @@ def produce(
         and math.isfinite(row["dec"])
         and not row["pixelFlagsCentre"] & MaskPlane.INJECTED
     ]
-    past = {name: _rows((history or {}).get(name)) for name in ("DiaObject", "DiaSource", "DiaForcedSource")}
+    known = (history() if callable(history) else history) or {}
+    past = {name: _rows(known.get(name)) for name in ("DiaObject", "DiaSource", "DiaForcedSource")}
     objects, new_objects = _associate(sources, past, config.reliable)
     forced = _force(result, context, [*past["DiaObject"], *new_objects])
     changed = _summaries(sources, objects, past, forced, processed)
