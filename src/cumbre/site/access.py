@@ -62,7 +62,8 @@ class SiteAccess:
             root=site.root, db=db, tables=tables_of(site, db, clock, own), own=own, engines=Engines(db, scratch=scratch),
             catalogue=self.catalogue, authority=config.access.authority, settings=settings_of(site),
         )  # fmt: skip
-        self.service.identity.local_administrator(site.root)
+        if config.profile == "one-machine":
+            self.service.identity.local_administrator(site.root)
         self._plan = None if bus is None else PlanKeeper(bus, db, self.catalogue.instruments)
         self._upkeep_s = -UPKEEP_S
         self.service.start()
