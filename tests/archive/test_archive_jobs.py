@@ -263,3 +263,15 @@ def _disk_full(
 
     receiver_of(encoding)(stream, parcel.size - offset, lambda _: None)
     return {"answer": "later", "error": "No space left on device"}
+
+
+def test_one_broken_store_of_the_buffer_keeps_no_pair_out(site: Site, bus: Bus, clock: Clock) -> None:
+    site.config.places["summit"].buffer = ["summit/buffer", "summit/buffer2"]
+    replicator = Replicator(site=site, bus=bus, clock=clock)
+    for folder, failures in (("summit/buffer", []), ("summit/buffer2", ["outage buffer"])):
+        for path in site.path(folder).rglob("pair-1"):
+            path.rename(path.with_name("away"))
+        site.path(f"{folder}/pair-1").write_bytes(b"not a folder")
+        assert list(replicator._test_stores()) == failures
+    until(lambda: replicator.watch.pool != FULL)
+    replicator.close()

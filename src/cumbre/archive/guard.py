@@ -73,7 +73,11 @@ class Guard:
                 return
             self._told[reason] = now, count
         log.warning("refused (%s) %s %s: %s [%d so far]", reason, identity, peer, detail, count)
-        self._tell(Refusal(reason, peer, identity, detail[:500], count - told))
+        try:
+            self._tell(Refusal(reason, peer, identity, detail[:500], count - told))
+        except Exception as error:
+            # The bus may be away; it is counted and in the log.
+            log.error("refusal not told: %s", error)
 
 
 class Patience:

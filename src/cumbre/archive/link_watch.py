@@ -166,8 +166,9 @@ class LinkWatch:
                 sender.ping()
                 while not self._announcements.empty():
                     sender.expect(self._announcements.get_nowait())
-            except CumbreError as error:
-                why = str(error)
+            except Exception as error:
+                # The loop of a worker: whatever is wrong with the link, it is looked at again.
+                why = str(error) or type(error).__name__
                 if sender is not None:
                     sender.close()
                     sender = None

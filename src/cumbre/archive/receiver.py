@@ -178,6 +178,9 @@ class Receiver:
         except OSError as error:
             if not self._closed:
                 log.info("%s: connection lost: %s", where, error)
+        except Exception:
+            # The loop of a worker: the sender hears nothing and comes again.
+            log.exception("%s: connection ended", where)
         finally:
             with self._lock:
                 self._unknown.pop(raw, None)

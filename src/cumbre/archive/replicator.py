@@ -21,7 +21,7 @@ from cumbre.archive.buffer import Entry, open_buffer
 from cumbre.archive.journal import Journal, group_of, is_settled, raw_files
 from cumbre.archive.link_watch import LinkWatch, probe_folders
 from cumbre.archive.orders import JOB_TOPIC, Orders
-from cumbre.archive.pairs import PairLock, link_name, raft_of, relay_name, share
+from cumbre.archive.pairs import PairLock, buffer_folders, link_name, raft_of, relay_name, share
 from cumbre.archive.pool import FULL, TAPE
 from cumbre.archive.protocol import Parcel
 from cumbre.archive.sender import Sender
@@ -161,7 +161,11 @@ class Relay:
 
     def _test_stores(self) -> dict[str, str]:
         """What is wrong with the own stores, by name; empty when nothing is."""
-        failures = probe_folders({"raw cache": self._raw, "outage buffer": self.buffer.folder})
+        failures = probe_folders({"raw cache": self._raw})
+        stores = buffer_folders(self._site, self.source, self._pair)
+        broken = probe_folders({str(folder): folder for folder in stores})
+        if len(broken) == len(stores):  # one of two is enough, and the buffer's alarm tells of the other
+            failures["outage buffer"] = "; ".join(broken.values())
         tape = self._site.config.places[self.source].tape
         if tape and "://" not in tape:
             failures |= probe_folders({TAPE: self._site.path(tape)})
@@ -301,16 +305,12 @@ class Relay:
                 with self._wake:
                     self._wake.wait(0.2)
                 continue
-            if self._journal.has(entry.parcel.key, SENT):
-                self._results.put((entry, None))
-                continue
-            if self.orders is not None and self.orders.is_elsewhere(entry.piece):
-                self._park(entry)
-                continue
             try:
+                if self._is_not_needed(entry):
+                    continue
                 if sender is None:
                     sender = Sender.to(self._site, self.source, self.target, pair=self._pair)
-            except CumbreError as error:
+            except (CumbreError, OSError) as error:
                 self.buffer.give_back(entry)
                 log.warning("%s → %s: %s; %d files wait", self.source, self.target, error, len(self.buffer))
                 pause_s = self._pause(pause_s)
@@ -331,6 +331,16 @@ class Relay:
                 pause_s = self._pause(pause_s)
         if sender is not None:
             sender.close()
+
+    def _is_not_needed(self, entry: Entry) -> bool:
+        """Deal with a file that another pair or the Catch-Up Archiver has sent, or shall send."""
+        if self._journal.has(entry.parcel.key, SENT):
+            self._results.put((entry, None))
+            return True
+        if self.orders is not None and self.orders.is_elsewhere(entry.piece):
+            self._park(entry)
+            return True
+        return False
 
     def _pause(self, pause_s: float) -> float:
         """Wait and give the next, longer wait."""
