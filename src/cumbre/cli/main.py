@@ -36,6 +36,7 @@ VERBS = {
     "ship": ("cumbre.cli.ship", "ship", "Carry images and telemetry on a disk."),
     "report": ("cumbre.cli.report", "report", "Measure the quality of alerts on simulated images."),
     "train": ("cumbre.cli.train", "train", "Train the network that gives sources their reliability."),
+    "benchmark": ("cumbre.cli.benchmark", "benchmark", "Measure the speed of this machine with our code."),
     "query": ("cumbre.cli.query", "query", "Ask the ledger or the tables."),
     "alerts": ("cumbre.cli.alerts", "alerts", "Read alerts of the archive."),
     "release": ("cumbre.cli.release", "release", "Load, verify, open and close release catalogues."),
