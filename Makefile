@@ -3,7 +3,7 @@ VENV := $(or $(CUMBRE_VENV),.venv)
 export CUMBRE_VENV CUMBRE_PYTHON
 SITE ?= night-site
 
-.PHONY: demo test check install benchmarks clean
+.PHONY: demo test check install benchmarks benchmarks-peers clean
 
 install: ## find an interpreter, create the environment, install
 	@bash deploy/bootstrap.sh
@@ -21,6 +21,14 @@ check: test
 
 benchmarks: install ## print the tables of figures
 	@for file in benchmarks/*.py; do echo "== $$file"; $(VENV)/bin/python $$file || exit 1; done
+
+PEERS_VENV ?= .venv-peers
+benchmarks-peers: install ## other programs on the same pixels as our alert production (SExtractor, SWarp: from apt)
+	@$(VENV)/bin/python -m venv $(PEERS_VENV)
+	@for name in astroscrappy photutils reproject sfft; do $(PEERS_VENV)/bin/pip install -q $$name || echo "$$name: not installed"; done
+	@$(PEERS_VENV)/bin/pip install -q setuptools cython && for name in ois properimage; do \
+		$(PEERS_VENV)/bin/pip install -q --no-build-isolation $$name || echo "$$name: not installed"; done
+	@$(VENV)/bin/cumbre benchmark alerts --cache .benchmark-images --peers-python $(PEERS_VENV)/bin/python
 
 clean: ## remove the environment and the demonstration site
 	rm -rf $(VENV) $(SITE)
