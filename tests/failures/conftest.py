@@ -80,7 +80,7 @@ class Running:
         """Kill a process that nobody starts again by itself, and wait for its end."""
         pid = site_pids(self.site)[name]
         self.injector.begin(Fault(0.0, "kill_service", name))
-        self.until(lambda: site_pids(self.site).get(name) != pid)
+        self.until(lambda: not psutil.pid_exists(pid) or site_pids(self.site).get(name) != pid)
 
     def hops(self, obs_id: str, hop: str) -> list[dict[str, object]]:
         """Hops of an image that the bus carried."""

@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from cumbre.simulator.faults import STORES, flip_bit
+from cumbre.simulator.faults import STORES, WHOLE_SITE, flip_bit
+from cumbre.site.chaos import site_pids
 from cumbre.stores.files import sha256_of
 
 
@@ -19,6 +20,19 @@ def test_a_full_disk_delays_and_loses_nothing(running, store):
     with running.fault("disk_full", store):
         running.bus.publish("Camera.takeImages", running.order())
         time.sleep(3.0)
+    running.nothing_is_lost(before + running.take(1))
+
+
+def test_a_full_disk_of_the_whole_site_takes_no_service_down_for_good(running):
+    """Bus, database, logs and state lie on it; the supervisor itself must go on."""
+    if not running.site.root.is_mount():
+        pytest.skip("disks of their own need root")
+    before, supervisor = running.take(1), site_pids(running.site)["supervisor"]
+    with running.fault("disk_full", WHOLE_SITE):
+        running.kill_only("scrub")  # its restart cannot even be written down
+        time.sleep(3.0)
+    running.until(lambda: "scrub" in site_pids(running.site))
+    assert site_pids(running.site)["supervisor"] == supervisor
     running.nothing_is_lost(before + running.take(1))
 
 

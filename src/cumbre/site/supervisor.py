@@ -24,7 +24,7 @@ from typing import IO, Any
 import psutil
 
 from cumbre.core.configuration import Site
-from cumbre.core.errors import ConflictError, DeadlineError
+from cumbre.core.errors import ConflictError, CumbreError, DeadlineError
 from cumbre.site.roles import roles_of
 from cumbre.site.runner import PARENT_VARIABLE, configure_logging
 from cumbre.site.runner import main as run_role
@@ -85,6 +85,8 @@ class Supervisor:
             (site.root / folder).mkdir(parents=True, exist_ok=True)
         self.children = [Child(name) for name in roles_of(site)]
         self.stopping = False
+        self._changed = False
+        self._database_checked = time.monotonic()
         self._lock: IO[str] | None = None
         self._postgres: Any = None
 
@@ -222,19 +224,32 @@ class Supervisor:
         self.start_database()
         for module in SHARED_IMPORTS:
             importlib.import_module(module)
-        last_database_check = time.monotonic()
         self.save()
+        told = ""
         while not self.stopping:
-            if self.tick():
-                self.save()
-            if time.monotonic() - last_database_check > 1.0:
-                last_database_check = time.monotonic()
-                if not self._database_alive():
-                    log.warning("the database server is gone; starting it again")
-                    self.start_database()
-                    self.save()
+            try:
+                self._look_after()
+                told = ""
+            except (OSError, CumbreError) as error:
+                # A full disk or a database that cannot start now is no reason to take all services down.
+                if str(error) != told:
+                    told = str(error)
+                    log.error("%s; what runs goes on, and this is tried again", told)
             time.sleep(0.1)
         self.shut_down()
+
+    def _look_after(self) -> None:
+        """One turn: children, once a second the database, and the state file when something changed."""
+        self._changed = self.tick() or self._changed
+        if time.monotonic() - self._database_checked > 1.0:
+            self._database_checked = time.monotonic()
+            if not self._database_alive():
+                log.warning("the database server is gone; starting it again")
+                self.start_database()
+                self._changed = True
+        if self._changed:
+            self.save()
+            self._changed = False
 
     def shut_down(self) -> None:
         """Stop the services, last the database; kill what does not stop by itself."""
@@ -258,8 +273,9 @@ class Supervisor:
 
 def postgres_pid(site: Site) -> int | None:
     """Pid of the embedded server."""
-    for path in sorted((site.root / "postgres").rglob("postmaster.pid")):
-        return int(path.read_text().split()[0])
+    for path in sorted((site.root / "postgres").glob("postmaster.pid")):
+        with contextlib.suppress(OSError, ValueError, IndexError):  # it is just being written or removed
+            return int(path.read_text().split()[0])
     return None
 
 
