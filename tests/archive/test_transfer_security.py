@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transfer_double import hops, key_of, running, until
+from transfer_double import hops, key_of, running, until, write_image
 
 from cumbre.archive import guard
+from cumbre.archive.addresses import write_address
 from cumbre.archive.certificates import Security, expiries, issue, make_authority
 from cumbre.archive.distributor import Distributor
 from cumbre.archive.protocol import HEAD, MAGIC, Parcel, encode_frame, read_frame, send_frame
+from cumbre.archive.replicator import Replicator
 from cumbre.archive.sender import Sender, connect
 from cumbre.bus import Bus
 from cumbre.core.configuration import Site
@@ -359,6 +361,30 @@ def test_slow_bodies_and_silent_handshakes_end(
     until(lambda: base._receiver.guard.counts["too-slow"] == 2)
     nothing_written(site)
     good()
+
+
+def test_a_peer_without_work_is_let_go_and_not_called_an_offender(
+    site: Site, bus: Bus, base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cumbre.archive.receiver.IDLE_S", 0.3)
+    connection = connect(base.address, timeout_s=5, security=Security.of(site, "summit"), target="base")
+    assert connection.recv(1) == b""
+    connection.close()
+    assert base._receiver.guard.counts.total() == 0
+
+
+def test_a_sender_without_work_keeps_its_connection(
+    site: Site, bus: Bus, clock: Clock, base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cumbre.archive.receiver.IDLE_S", 1.0)
+    monkeypatch.setattr("cumbre.archive.replicator.KEEP_ALIVE_S", 0.2)
+    write_address(site, "wan-summit-base-1", base.address)
+    with running(Replicator(site=site, bus=bus, clock=clock)):
+        for number in (1, 2):
+            write_image(site, bus, number)
+            until(lambda number=number: len(hops(bus, "at_base")) == 4 * number)  # type: ignore[misc]
+            time.sleep(2.0)
+    assert hops(bus, "transmitted", outcome=None) == []
 
 
 def test_frames_of_other_protocols(bus: Bus, inside: socket.socket, good: Callable[[], None]) -> None:

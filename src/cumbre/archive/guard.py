@@ -20,7 +20,9 @@ MAX_UNKNOWN = 32
 """Connections that have not yet said who they are; a new one pushes the oldest out."""
 HANDSHAKE_S = 5.0
 IDLE_S = 120.0
-"""Real seconds after which a silent peer is taken for dead; senders ping more often."""
+"""Real seconds after which a silent peer is taken for dead."""
+KEEP_ALIVE_S = 40.0
+"""Real seconds after which a sender without work pings."""
 FRAME_S = 10.0
 """Real seconds from the first to the last byte of a frame."""
 STALL_S = 30.0
@@ -80,6 +82,10 @@ class Guard:
             log.error("refusal not told: %s", error)
 
 
+class IdlePeerError(SlowPeerError):
+    """The peer has said nothing for long, between two frames."""
+
+
 class Patience:
     """A stream that reads from a connection as long as the peer keeps its times."""
 
@@ -107,7 +113,7 @@ class Patience:
         Raises
         ------
         SlowPeerError
-            The peer took too long.
+            The peer took too long (:class:`IdlePeerError`: it has not begun).
         """
         now = time.monotonic()
         left = min(self._until - now, self._stall_s)
@@ -119,7 +125,8 @@ class Patience:
         try:
             got = self._connection.recv_into(buffer)
         except TimeoutError:
-            raise SlowPeerError(f"nothing came for {left:.0f} s") from None
+            kind = IdlePeerError if self._rest_s is not None else SlowPeerError
+            raise kind(f"nothing came for {left:.0f} s") from None
         if self._rest_s is not None:
             self._until, self._rest_s = time.monotonic() + self._rest_s, None
         return got

@@ -25,6 +25,7 @@ from cumbre.archive.guard import (
     MAX_UNKNOWN,
     FrameRate,
     Guard,
+    IdlePeerError,
     Patience,
     Refusal,
     SlowPeerError,
@@ -170,7 +171,10 @@ class Receiver:
             if peer is not None:
                 self._converse(connection, peer, raw)
         except SlowPeerError as error:
-            self._drop("too-slow", where, error, peer)
+            if isinstance(error, IdlePeerError) and connection in self._known:
+                log.info("%s: %s", where, error)
+            else:
+                self._drop("too-slow", where, error, peer)
         except ProtocolError as error:
             self._drop("bad-frame", where, error, peer)
         except ssl.SSLError as error:

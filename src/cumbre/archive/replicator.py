@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from cumbre.archive.addresses import link_of
 from cumbre.archive.buffer import Entry, open_buffer
+from cumbre.archive.guard import KEEP_ALIVE_S
 from cumbre.archive.journal import Journal, group_of, is_settled, raw_files
 from cumbre.archive.link_watch import LinkWatch, probe_folders
 from cumbre.archive.orders import JOB_TOPIC, Orders
@@ -296,7 +297,7 @@ class Relay:
     def _send_forever(self) -> None:
         """Loop of one connection."""
         sender: Sender | None = None
-        pause_s = 0.05
+        pause_s, used = 0.05, time.monotonic()
         while not self._closed:
             # With control, a local-only pair keeps what it has: its jobs go to pairs that can send.
             may_send = self.orders is None or self.watch.pool == FULL
@@ -304,6 +305,8 @@ class Relay:
             if entry is None:
                 with self._wake:
                     self._wake.wait(0.2)
+                if sender is not None and time.monotonic() - used > KEEP_ALIVE_S:
+                    sender, used = _kept_alive(sender), time.monotonic()
                 continue
             try:
                 if self._is_not_needed(entry):
@@ -317,7 +320,7 @@ class Relay:
                 continue
             try:
                 self._send(sender, entry)
-                pause_s = 0.05
+                pause_s, used = 0.05, time.monotonic()
             except Exception as error:
                 # The loop of a worker: one file must never stop the link.
                 if sender.resumed_at > self._progress.get(entry.parcel.key, 0):
@@ -476,6 +479,17 @@ class Forwarder(Relay):
     target = "archive"
     watched_hop = "at_base"
     tells_sent = True
+
+
+def _kept_alive(sender: Sender) -> Sender | None:
+    """A connection without work, still good; None when it broke meanwhile."""
+    try:
+        sender.ping()
+    except CumbreError as error:
+        log.info("connection made anew at the next file: %s", error)
+        sender.close()
+        return None
+    return sender
 
 
 def _is_hop(fields: dict[str, Any], hop: str, place: str) -> bool:
