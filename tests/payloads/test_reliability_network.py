@@ -20,7 +20,7 @@ def examples():
     rng = np.random.default_rng(3)
     n = 1200
     is_real = rng.uniform(size=n) < 0.5
-    inputs = rng.normal(0, 0.3, (n, realbogus.N_INPUTS)).astype(np.float32)
+    inputs = rng.normal(0, 0.1, (n, realbogus.N_INPUTS)).astype(np.float32)
     # False ones have a bright cell off the middle, in any direction: no single cell tells.
     first = len(realbogus.SCALARS)
     for k in np.flatnonzero(~is_real):
@@ -33,7 +33,7 @@ def examples():
 @pytest.fixture(scope="module")
 def network(examples):
     half = training.Examples(*(getattr(examples, name)[:800] for name in training.Examples.__slots__))
-    return training.fit(half, seed=4, epochs=30)
+    return training.fit(half, seed=4, epochs=120)
 
 
 def test_it_separates_what_it_has_not_seen(network, examples):

@@ -7,6 +7,7 @@ import logging
 import math
 import time
 import zlib
+from dataclasses import replace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -232,7 +233,7 @@ def _write_difference(result: DifferenceResult, path: Path) -> None:
 def _write_alerts(result: DifferenceResult, science: Exposure, path: Path) -> int:
     from cumbre.alerts.packet import write_container
 
-    context = source_context(science)
+    context = replace(source_context(science), reliability_version=result.reliability_version)
     records = []
     for counter, row in enumerate(result.sources, start=1):
         source = dia_source(row, context, counter)
