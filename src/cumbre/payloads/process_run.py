@@ -7,8 +7,8 @@ import logging
 import math
 import time
 import zlib
-from dataclasses import replace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
