@@ -14,7 +14,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,8 +147,8 @@ def set_clock(site: Site) -> Clock:
     return clock
 
 
-def wait_ready(site: Site, *, wait_s: float = READY_DEADLINE_S) -> None:
-    """Wait until every role has said that it is enabled.
+def wait_ready(site: Site, *, wait_s: float = READY_DEADLINE_S, without: Collection[str] = ()) -> None:
+    """Wait until every role, ``without`` some, has said that it is enabled.
 
     Raises
     ------
@@ -156,7 +156,7 @@ def wait_ready(site: Site, *, wait_s: float = READY_DEADLINE_S) -> None:
         Names the roles that did not, and their logs.
     """
     bus = open_site_bus(site, "night")
-    roles = set(roles_of(site))
+    roles = set(roles_of(site)) - set(without)
     waiting = set(roles)
     subscription = bus.subscribe(["Service.summaryState"], start="earliest")
     enabled: dict[str, int] = {}
