@@ -56,6 +56,8 @@ def _quoted(name: str, mark: str) -> str:
 
 def write_json(result: Result, write: Write, info: Mapping[str, str]) -> str:
     """``{"metadata": [columns], "data": [[…], …], "status": …}``; NaN and infinities are null."""
+    import pyarrow.compute as pc
+
     rows = Rows(result)
     columns = [
         {name: value for name, value in asdict(column).items() if value not in ("", None, False)}
@@ -65,9 +67,9 @@ def write_json(result: Result, write: Write, info: Mapping[str, str]) -> str:
     write((head[:-1] + ', "data": [').encode())
     begun = False
     for batch in rows:
-        lists = [_plain(array.to_pylist()) for array in batch.columns]
-        text = ",\n".join(json.dumps(row, ensure_ascii=False) for row in zip(*lists, strict=True))
-        write(((",\n" if begun else "\n") + text).encode())
+        cells = [_cells(array) for array in batch.columns]
+        lines = pc.binary_join_element_wise("[", pc.binary_join_element_wise(*cells, ", "), "]", "")
+        write(((",\n" if begun else "\n") + ",\n".join(lines.to_pylist())).encode())
         begun = True
     word, words = rows.status
     end = {"status": word, "rows": result.rows} | ({"message": words} if word != "OK" else {})
@@ -75,10 +77,22 @@ def write_json(result: Result, write: Write, info: Mapping[str, str]) -> str:
     return rows.outcome
 
 
-def _plain(values: list[Any]) -> list[Any]:
-    if not any(isinstance(value, float | list) for value in values):
-        return values
-    return [_finite(value) for value in values]
+def _cells(array: Any) -> Any:
+    """Values of a column as JSON."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = array.type
+    if pa.types.is_boolean(kind):
+        return pc.if_else(array, "true", "false").fill_null("null")
+    if pa.types.is_integer(kind):
+        return array.cast(pa.string()).fill_null("null")
+    if pa.types.is_floating(kind):
+        text = array.cast(pa.string())
+        return pc.if_else(pc.is_finite(array), text, "null").fill_null("null")
+    return pa.array(
+        [json.dumps(_finite(value), ensure_ascii=False) for value in array.to_pylist()], pa.string()
+    )
 
 
 def _finite(value: Any) -> Any:
