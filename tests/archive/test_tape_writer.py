@@ -91,6 +91,30 @@ def test_hops_and_a_scan_both_feed_it(site: Site, bus: Bus, start: Callable[...,
     assert alarms(bus) == []
 
 
+def test_what_rotted_while_nobody_wrote_does_not_go_on_tape(
+    site: Site, bus: Bus, start: Callable[..., TapeWriter]
+) -> None:
+    site.path("base/tape").parent.mkdir(parents=True, exist_ok=True)
+    site.path("base/tape").write_bytes(b"no folder")  # the tape is away
+    writer = start(site)
+    arrive(site, bus, 1)
+    drive(writer, lambda: alarms(bus) == [True])
+    writer.close()
+    path = site.path(f"base/raw/{key_of(1)}")
+    good = path.read_bytes()
+    path.write_bytes(b"rot" + good[3:])
+    site.path("base/tape").unlink()
+    writer = start(site)  # it remembers nothing of what it was told
+    drive(writer, lambda: taped(bus) == images(1) - {(obs_id(1), 0)})
+    (bad,) = hops(bus, "base_tape", outcome="BadFile")
+    assert bad["detector"] == 0
+    assert key_of(1) not in view_tape(site, "base")[0].entries
+    path.write_bytes(good)  # mended, and told anew
+    arrive(site, bus, 1)
+    drive(writer, lambda: taped(bus) == images(1))
+    assert view_tape(site, "base")[0].entry(key_of(1)).sha256 == sha256_of(path)
+
+
 @contextlib.contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
