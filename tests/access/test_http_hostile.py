@@ -106,6 +106,21 @@ def test_any_upload(client, body, head):
     check(answer)
 
 
+@pytest.mark.parametrize(
+    "path", ["/tap/async/%00", "/tap/tables/%00", "/cone/%00", "/files/%00", "/soda/async/x/results/%00"]
+)
+def test_nul_in_a_path_is_404(client, path):
+    assert client.get(path).status_code == 404
+
+
+@pytest.mark.parametrize(
+    "path", ["/tap/async", "/soda/async", "/tap/sync", "/soda/sync", "/sia/query", "/datalink/links"]
+)
+def test_nul_in_a_parameter_is_400(client, path):
+    assert client.post(path, data={"QUERY": "SELECT 1", "ID": "x\0y"}).status_code == 400
+    assert client.post(path, data={"A\0": "x"}).status_code == 400
+
+
 def test_no_secret_came_out_and_it_still_serves(client, world):
     for path in PATHS:
         answer = client.get(

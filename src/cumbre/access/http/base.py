@@ -166,6 +166,8 @@ async def read_parameters(request: Request, *, limit_bytes: int = MAX_FORM_BYTES
             raise UsageError(
                 f"Content-Type {kind[:80]!r}: expected application/x-www-form-urlencoded or multipart/form-data"
             )
+    if any("\0" in name or "\0" in value for name, value in pairs):
+        raise UsageError("a parameter holds the character NUL, which no text has")
     return Parameters(pairs, files)
 
 
@@ -347,6 +349,8 @@ class Gate:
 
     async def _answer(self, request: Request, handler: Handler, scope: str, error: ErrorDocument) -> Response:
         try:
+            if any("\0" in str(part) for part in request.path_params.values()):
+                raise NotFoundError("there is nothing of that name")
             who, headers = await in_pool(self.pool, self._enter, request, scope)
             try:
                 response = await handler(request, who)
