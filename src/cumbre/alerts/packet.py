@@ -11,12 +11,15 @@ from contextlib import contextmanager
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import fastavro
 
 from cumbre.core.errors import BadFileError, CumbreError, NotFoundError, UnprocessableDataError
 from cumbre.stores.files import Checksummed, write_atomic
+
+if TYPE_CHECKING:
+    from cumbre.alerts.encode import EncodedRows
 
 SCHEMA_ID = 1101
 """Registry id of v11.1: major times 100 plus minor, Rubin's rule."""
@@ -44,7 +47,7 @@ def packet_bytes(record: Mapping[str, Any]) -> bytes:
     ----------
     record
         Fields of the schema; absent nullable ones are null. NaN in a nullable number becomes null, numpy
-        scalars are taken as numbers.
+        scalars are taken as numbers. An array may be given as ``encode.EncodedRows``.
 
     Raises
     ------
@@ -53,9 +56,41 @@ def packet_bytes(record: Mapping[str, Any]) -> bytes:
     """
     stream = io.BytesIO()
     stream.write(_HEADER.pack(0, SCHEMA_ID))
+    encoded = {name: value for name, value in record.items() if hasattr(value, "content")}
     with _writing():
-        fastavro.schemaless_writer(stream, schema(), clean_record(record))
+        if encoded:
+            _write_parts(stream, record, encoded)
+        else:
+            fastavro.schemaless_writer(stream, schema(), clean_record(record))
     return stream.getvalue()
+
+
+def _write_parts(stream: io.BytesIO, record: Mapping[str, Any], encoded: Mapping[str, EncodedRows]) -> None:
+    """A packet field by field, arrays that are encoded already as they are."""
+    plain = {name: value for name, value in record.items() if name not in encoded}
+    cleaned = clean_record(plain)
+    for name, kind in _top_fields():
+        rows = encoded.get(name)
+        if rows is None:
+            fastavro.schemaless_writer(stream, kind, cleaned.get(name))
+        elif len(rows) == 0:
+            stream.write(b"\x02\x00")
+        else:
+            # the union's second branch, one block of records, and the block that ends the array
+            stream.write(b"\x02")
+            fastavro.schemaless_writer(stream, "long", len(rows))
+            stream.write(rows.content)
+            stream.write(b"\x00")
+
+
+@lru_cache(maxsize=1)
+def _top_fields() -> tuple[tuple[str, Any], ...]:
+    """Name and type, parsed by itself, of every field of the packet."""
+    known: dict[str, Any] = {}
+    return tuple(
+        (field["name"], fastavro.parse_schema(field["type"], named_schemas=known))
+        for field in schema()["fields"]
+    )
 
 
 def decode_packet(packet: bytes) -> dict[str, Any]:
