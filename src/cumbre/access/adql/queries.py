@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import override
 
 from cumbre.access.adql import functions as f
 from cumbre.access.adql import tree
 from cumbre.access.adql.binder import ExpressionBinder
 from cumbre.access.adql.dialect import Dialect
+from cumbre.access.adql.query_parts import children, flatten, key, unique
 from cumbre.access.adql.scope import Attached, Cover, Relation, Scope, Visible, output_column, table_columns
 from cumbre.access.adql.signatures import AGGREGATES
 from cumbre.access.adql.values import Origin, Point, Value
@@ -167,7 +168,7 @@ class QueryBinder(ExpressionBinder):
                     order.value.at, f"ORDER BY after {node.operator} takes names or numbers of columns",
                     "put the set operation into a query in FROM",
                 )  # fmt: skip
-            keys.append(_key(str(index), order))
+            keys.append(key(str(index), order))
         if keys:
             bound.sql += f" ORDER BY {', '.join(keys)}"
         return bound
@@ -205,7 +206,7 @@ class QueryBinder(ExpressionBinder):
         items = self._items(node)
         groups = [self._group_key(key, node) for key in node.group]
         having = self.condition(node.having) if node.having is not None else None
-        columns = _unique([output_column(value.column.name, value) for _, value in items])
+        columns = unique([output_column(value.column.name, value) for _, value in items])
         orders = [self._order_key(order, node, columns, items) for order in node.order]
         grouped = bool(groups) or having is not None or any(value.aggregate for _, value in items)
         if grouped:
@@ -298,9 +299,9 @@ class QueryBinder(ExpressionBinder):
             if not same and node.distinct:
                 raise self.error(order.value.at, "ORDER BY of SELECT DISTINCT takes only selected columns")
             if not same:
-                return _key(value.sql if value.constant is None else f"({value.sql} + 0)", order)
+                return key(value.sql if value.constant is None else f"({value.sql} + 0)", order)
             index = same[0]
-        return _key(str(index), order)
+        return key(str(index), order)
 
     def _check_grouped(self, node: tree.Expression, keys: set[str]) -> None:
         """Every column is in an aggregate or among the keys."""
@@ -323,7 +324,7 @@ class QueryBinder(ExpressionBinder):
             found = self.any(node)
             if isinstance(found, Value) and found.sql in keys:
                 return
-        for child in _children(node):
+        for child in children(node):
             self._check_grouped(child, keys)
 
     # -- FROM --
@@ -476,7 +477,7 @@ class QueryBinder(ExpressionBinder):
     ) -> list[Value]:
         """Conditions joined by AND, each bound knowing that it stands alone."""
         values = []
-        for part in _flatten(node):
+        for part in flatten(node):
             self.pushed = _Pushed(part, multiply, look_up, *(outer or ()))
             values.append(self.condition(part))
             self.conditions.append(Condition(self.scope, part, values[-1].relations, filters))
@@ -569,41 +570,3 @@ def _rows(relation: Relation) -> float:
     if relation.table.engine == "arrow":
         return float(relation.table.rows or 0)
     return float(relation.table.rows or 1e9)
-
-
-def _key(sql: str, order: tree.Order) -> str:
-    return f"{sql} {'DESC' if order.descending else 'ASC'} NULLS LAST"
-
-
-def _flatten(node: tree.Expression) -> Iterator[tree.Expression]:
-    if isinstance(node, tree.Binary) and node.operator == "AND":
-        yield from _flatten(node.left)
-        yield from _flatten(node.right)
-    else:
-        yield node
-
-
-def _children(node: object) -> Iterator[tree.Expression]:
-    """Expressions directly inside; queries are left out."""
-    if not is_dataclass(node):
-        return
-    for item in fields(node):
-        content = getattr(node, item.name)
-        for part in content if isinstance(content, tuple) else (content,):
-            for piece in part if isinstance(part, tuple) else (part,):
-                if is_dataclass(piece) and not isinstance(piece, tree.Name | tree.Select | tree.SetOperation):
-                    yield piece  # type: ignore[misc]
-
-
-def _unique(columns: list[Column]) -> list[Column]:
-    """Names that differ, capitals ignored: a second ``ra`` is ``ra_2``."""
-    seen: set[str] = set()
-    out = []
-    for column in columns:
-        name, count = column.name, 1
-        while name.lower() in seen:
-            count += 1
-            name = f"{column.name}_{count}"
-        seen.add(name.lower())
-        out.append(replace(column, name=name))
-    return out
