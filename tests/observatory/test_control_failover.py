@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -81,6 +82,22 @@ class Processes:
 
     def pid(self, role):
         return self.running[role].pid
+
+    def pause(self, role):
+        """Stop a process anywhere but within a write to the embedded bus, whose lock all would wait for."""
+        while True:
+            os.kill(self.pid(role), signal.SIGSTOP)
+            try:
+                with sqlite3.connect(self.site.root / "bus" / "bus.db", timeout=0.5) as probe:
+                    probe.execute("BEGIN IMMEDIATE")
+                    probe.rollback()
+            except sqlite3.OperationalError:
+                os.kill(self.pid(role), signal.SIGCONT)
+                time.sleep(0.05)
+                continue
+            finally:
+                probe.close()
+            return
 
     def close(self):
         self._stop.set()
@@ -164,7 +181,7 @@ def test_kill_9_of_the_acting_one_loses_no_image_and_no_command(site):
 def test_one_that_was_paused_does_not_act_after_the_takeover(site):
     begin(site)
     before = site.expose_for(0.5)
-    os.kill(site.pid("control-base"), signal.SIGSTOP)
+    site.pause("control-base")
     meanwhile = site.expose_for(0.5)
     site.until(lambda: site.acting() == ("control-base-spare", 2))
     disabled = RemoteComponent(site.bus, "Archiver").command_now("disable")

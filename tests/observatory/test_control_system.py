@@ -92,8 +92,9 @@ def test_nothing_is_ordered_unless_enabled_and_not_for_what_began_before(world, 
 def test_an_image_that_began_before_the_disable_was_sent_has_its_job(world, base):
     world.register(1)
     world.ready("Archiver")
-    obs_id = world.expose()  # not seen yet when the disable is there too
-    world.command("Archiver", "disable")
+    obs_id = world.expose()
+    world.bus.publish("Archiver.disable")  # both are there before control looks
+    world.run(lambda: world.state()["processing"] != "enabled")
     assert [order["obsId"] for order in world.orders()] == [obs_id]
 
 
