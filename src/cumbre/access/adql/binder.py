@@ -257,11 +257,18 @@ class ExpressionBinder(GeometryBinder):
     def condition(self, node: tree.Expression) -> Value:
         """True, false or unknown."""
         try:
-            return self._condition(node)
+            found = self._condition(node)
         except f.TypeMismatchError as error:
             raise self.error(node.at, str(error), error.remedy) from error
         except ShapeError as error:
             raise self.error(node.at, str(error)) from error
+        if len(found.sql) > MAX_SQL:
+            raise self.error(
+                node.at,
+                "the condition is too large",
+                "put the values or regions into an uploaded table and join it",
+            )
+        return found
 
     def _condition(self, node: tree.Expression) -> Value:
         match node:
