@@ -67,6 +67,7 @@ def test_packet_with_encoded_history_equals_that_of_rows() -> None:
     )
     back = decode_packet(packet_bytes(plain | encoded))
     assert [r["diaSourceId"] for r in back["prvDiaSources"]] == [r["diaSourceId"] for r in mine]
+    assert list(encoded["prvDiaSources"]) == back["prvDiaSources"]
 
 
 def test_rows_without_object_and_empty_history_are_left_out() -> None:

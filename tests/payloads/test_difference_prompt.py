@@ -116,6 +116,21 @@ def test_known_objects_are_found_again_and_forced(scene, first):
     packet_bytes(again.alerts[0])
 
 
+def test_history_from_a_database_gives_the_packets_of_rows(scene, first):
+    import pyarrow as pa
+
+    exposure, template, *_ = scene
+    rows = {"DiaObject": first.dia_objects, "DiaSource": first.dia_sources, "DiaForcedSource": first.forced}
+    tables = {name: pa.Table.from_pylist(listed) for name, listed in rows.items()}
+    a, b = (
+        produce(exposure, None, template, None, history=history, processed_mjd_tai=61364.4)
+        for history in (rows, tables)
+    )
+    assert len(a.alerts) == 3
+    assert [packet_bytes(x) for x in a.alerts] == [packet_bytes(x) for x in b.alerts]
+    assert all(x["nDiaSources"] == 2 for x in b.dia_objects)
+
+
 def test_same_input_gives_the_same_output(scene, first):
     exposure, template, *_ = scene
     repeated = produce(exposure, None, template, None, processed_mjd_tai=61364.3)

@@ -7,7 +7,7 @@ takes the bytes of its object's rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -43,13 +43,27 @@ class EncodedRows:
         Number of records.
     content
         Their bytes, one after another.
+    record
+        Their kind.
     """
 
     count: int
     content: bytes
+    record: str
 
     def __len__(self) -> int:
         return self.count
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        import io
+
+        import fastavro
+
+        stream = io.BytesIO(self.content)
+        for _ in range(self.count):
+            read = fastavro.schemaless_reader(stream, _record_schema(self.record), None)
+            assert isinstance(read, dict)
+            yield read
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,20 +72,17 @@ class EncodedTable:
 
     content: NDArray[np.uint8]
     offsets: NDArray[np.int64]
-
-    def rows(self, which: NDArray[np.int64]) -> EncodedRows:
-        """Some of the records, in the order given."""
-        parts = [self.content[self.offsets[k] : self.offsets[k + 1]].tobytes() for k in which.tolist()]
-        return EncodedRows(len(parts), b"".join(parts))
+    record: str
 
     def span(self, first: int, last: int) -> EncodedRows:
         """Records ``first`` … ``last − 1``."""
-        return EncodedRows(last - first, self.content[self.offsets[first] : self.offsets[last]].tobytes())
+        content = self.content[self.offsets[first] : self.offsets[last]].tobytes()
+        return EncodedRows(last - first, content, self.record)
 
 
-@lru_cache(maxsize=8)
-def _layout(record: str) -> tuple[tuple[str, int, bool], ...]:
-    """(name, kind, nullable) of the fields of a record of schema v11.1."""
+@lru_cache(maxsize=1)
+def _records() -> dict[str, Any]:
+    """The record types within a packet."""
     from cumbre.alerts.packet import schema
 
     found: dict[str, Any] = {}
@@ -89,8 +100,22 @@ def _layout(record: str) -> tuple[tuple[str, int, bool], ...]:
                 walk(kind["items"])
 
     walk(schema())
+    return found
+
+
+@lru_cache(maxsize=8)
+def _record_schema(record: str) -> Any:
+    """The parsed schema of one kind of record by itself."""
+    import fastavro
+
+    return fastavro.parse_schema(_records()[record], named_schemas={})
+
+
+@lru_cache(maxsize=8)
+def _layout(record: str) -> tuple[tuple[str, int, bool], ...]:
+    """(name, kind, nullable) of the fields of a record of schema v11.1."""
     out = []
-    for field in found[record]["fields"]:
+    for field in _records()[record]["fields"]:
         kinds = field["type"] if isinstance(field["type"], list) else [field["type"]]
         plain = [k["type"] if isinstance(k, dict) else k for k in kinds]
         (kind,) = [k for k in plain if k != "null"]
@@ -224,7 +249,7 @@ def encode_table(record: str, table: pa.Table) -> EncodedTable:
         together(_LONG, np.int64), together(_DOUBLE, np.float64).view(np.uint64), together(_FLOAT, np.float32).view(np.uint32),
         np.frombuffer(texts or b"\0", np.uint8), np.array(text_offsets, np.int64), content, offsets,
     )  # fmt: skip
-    return EncodedTable(content[:used].copy(), offsets)
+    return EncodedTable(content[:used].copy(), offsets, record)
 
 
 def as_table(rows: Any) -> pa.Table | None:

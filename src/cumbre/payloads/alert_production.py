@@ -22,12 +22,13 @@ from cumbre.payloads.association import associate, summarise_object
 from cumbre.payloads.difference import UNUSABLE, DifferenceConfig
 from cumbre.payloads.exposure import Exposure, MaskPlane
 from cumbre.payloads.kernels.photometry import forced_psf_photometry
+from cumbre.payloads.kernels.planes import has_no_variance
 from cumbre.payloads.kernels.psf import PsfModel
 from cumbre.payloads.kernels.warp import warp_between
 from cumbre.payloads.processing import DifferenceResult, process_pair
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -162,12 +163,13 @@ def produce(
         and not row["pixelFlagsCentre"] & MaskPlane.INJECTED
     ]
     known = (history() if callable(history) else history) or {}
-    past = {name: _rows(known.get(name)) for name in ("DiaObject", "DiaSource", "DiaForcedSource")}
-    objects, new_objects = _associate(sources, past, config.reliable)
-    forced = _force(result, context, [*past["DiaObject"], *new_objects])
+    known_objects = _rows(known.get("DiaObject"))
+    objects, new_objects = _associate(sources, known_objects, config.reliable)
+    forced = _force(result, context, [*known_objects, *new_objects])
+    past = {name: _rows_of(known.get(name), objects) for name in ("DiaSource", "DiaForcedSource")}
     changed = _summaries(sources, objects, past, forced, processed)
     begun = _lap(wall, "associate", begun)
-    alerts = _alerts(result, context, sources, changed, past, config.reliable)
+    alerts = _alerts(result, context, sources, changed, known, config.reliable)
     _lap(wall, "alerts", begun)
     return DetectorResult(
         sources,
@@ -238,13 +240,13 @@ def warp_template(template: Exposure, exposure: Exposure) -> Exposure:
     """
     if template.wcs is None or exposure.wcs is None:
         raise NoWorkFoundError("template and image need a WCS each to be brought together")
-    good = np.isfinite(template.image) & np.isfinite(template.variance) & (template.variance > 0)
-    image = np.where(good, template.image, 0).astype(np.float32)
-    variance = np.where(good, template.variance, np.float32(1e20)).astype(np.float32)
-    mask = template.mask.copy()
-    mask[~good] |= np.uint16(MaskPlane.NO_DATA)
+    image, variance, mask = template.image, template.variance, template.mask
+    if has_no_variance(variance):
+        good = np.isfinite(image) & (variance > 0)
+        variance = np.where(good, variance, np.float32(1e20))
+        mask = mask | np.where(good, 0, MaskPlane.NO_DATA).astype(np.uint16)
     warped = warp_between(image, variance, mask, template.wcs, exposure.wcs, exposure.shape)  # type: ignore[arg-type]
-    if ((warped[2] & MaskPlane.NO_DATA) == 0).mean() < 0.02:
+    if np.count_nonzero(warped[2] & MaskPlane.NO_DATA) > 0.98 * warped[2].size:
         raise NoWorkFoundError("the template does not cover the image")
     # Its PSF model belongs to the other grid (turned, shifted): it is measured again on the warped stars.
     return replace(
@@ -276,8 +278,23 @@ def _rows(table: Any) -> list[dict[str, Any]]:
     return list(table.to_pylist()) if hasattr(table, "to_pylist") else [dict(row) for row in table]
 
 
+def _rows_of(table: Any, identifiers: Collection[int]) -> Any:
+    """The part of a history that belongs to some objects: a region holds many more."""
+    if table is None:
+        return []
+    if not hasattr(table, "to_pylist"):
+        return [row for row in table if row.get("diaObjectId") in identifiers]
+    if not table.num_rows:
+        return table
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    column = table.column("diaObjectId")
+    return table.filter(pc.is_in(column, value_set=pa.array(sorted(identifiers), column.type)))
+
+
 def _associate(
-    sources: list[dict[str, Any]], past: dict[str, list[dict[str, Any]]], reliable: float
+    sources: list[dict[str, Any]], known: list[dict[str, Any]], reliable: float
 ) -> tuple[dict[int, dict[str, Any] | None], list[dict[str, Any]]]:
     """Give every source its object; reliable ones without one found a new object.
 
@@ -285,7 +302,6 @@ def _associate(
     -------
     Object id → its row so far (None for a new one), and the new objects' first positions.
     """
-    known = past["DiaObject"]
     index, _ = associate(
         [s["ra"] for s in sources], [s["dec"] for s in sources], [o["ra"] for o in known], [o["dec"] for o in known],
         radius_arcsec=ASSOCIATION_RADIUS_ARCSEC,
@@ -325,10 +341,9 @@ def _force(
     inside = inside[: (1 << COUNTER_BITS) - 1]
     made = result.difference
     scale = result.metrics["snr_scale"]
-    variance = exposure.variance * np.float32(scale**2)
     on_difference = forced_psf_photometry(
         exposure.image,
-        variance,
+        exposure.variance,
         exposure.mask,
         difference_psf(result),
         x[inside],
@@ -343,7 +358,7 @@ def _force(
     for k, which in enumerate(inside.tolist()):
         values = (
             on_difference.flux[k],
-            on_difference.flux_err[k],
+            on_difference.flux_err[k] * scale,
             on_science.flux[k],
             on_science.flux_err[k],
         )
@@ -384,9 +399,9 @@ def difference_psf(result: DifferenceResult) -> PsfModel:
     return PsfModel(coefficients, (ny, nx), result.difference.science_psf.fwhm_px)
 
 
-def _by_object(rows: Sequence[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
+def _by_object(rows: Any) -> dict[int, list[dict[str, Any]]]:
     out: dict[int, list[dict[str, Any]]] = {}
-    for row in rows:
+    for row in _rows(rows):
         if row.get("diaObjectId") is not None:
             out.setdefault(int(row["diaObjectId"]), []).append(row)
     return out
@@ -395,7 +410,7 @@ def _by_object(rows: Sequence[dict[str, Any]]) -> dict[int, list[dict[str, Any]]
 def _summaries(
     sources: list[dict[str, Any]],
     touched: dict[int, dict[str, Any] | None],
-    past: dict[str, list[dict[str, Any]]],
+    past: dict[str, Any],
     forced: list[dict[str, Any]],
     processed: float,
 ) -> dict[int, dict[str, Any]]:
@@ -419,11 +434,12 @@ def _alerts(
     context: SourceContext,
     sources: list[dict[str, Any]],
     objects: dict[int, dict[str, Any]],
-    past: dict[str, list[dict[str, Any]]],
+    past: Mapping[str, Any],
     reliable: float,
 ) -> list[dict[str, Any]]:
     """Packets of the reliable sources with 12 months of history and three stamps."""
-    old, old_forced = _by_object(past["DiaSource"]), _by_object(past["DiaForcedSource"])
+    old = _history("diaSource", _rows_of(past.get("DiaSource"), objects))
+    old_forced = _history("diaForcedSource", _rows_of(past.get("DiaForcedSource"), objects))
     has_zero_point = math.isfinite(result.exposure.zero_point)
     out = []
     for source in sources:
@@ -441,17 +457,24 @@ def _alerts(
             alert(
                 source,
                 dia_object=objects.get(identifier),
-                previous=_public(old.get(identifier, [])) or None,
-                forced=_public(old_forced.get(identifier, [])) or None,
+                previous=old.get(identifier) or None,
+                forced=old_forced.get(identifier) or None,
                 stamps=stamps,
             )
         )
     return out
 
 
-def _public(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows without the columns that only the database has."""
-    return [{k: v for k, v in row.items() if k != "hpx29"} for row in rows]
+def _history(record: str, rows: Any) -> dict[int, Any]:
+    """History by object: encoded already where it comes as an Arrow table, else rows of the packet's columns."""
+    if hasattr(rows, "to_pylist"):
+        from cumbre.alerts.encode import by_object
+
+        return dict(by_object(record, rows))
+    return {
+        identifier: [{k: v for k, v in row.items() if k != "hpx29"} for row in listed]
+        for identifier, listed in _by_object(rows).items()
+    }
 
 
 def _quality(exposure: Exposure, result: DifferenceResult, context: SourceContext) -> dict[str, Any]:
@@ -467,7 +490,7 @@ def _quality(exposure: Exposure, result: DifferenceResult, context: SourceContex
         "nStars": metrics.get("n_stars"),
         "astrometricRms": metrics.get("astrometric_rms_arcsec"),
         "templateCoverage": result.metrics["template_coverage"],
-        "maskedFraction": float(((exposure.mask & MaskPlane.unusable()) > 0).mean()),
+        "maskedFraction": np.count_nonzero(exposure.mask & MaskPlane.unusable()) / exposure.mask.size,
         "limitingMagnitude": metrics.get("m5"),
         "nSources": result.metrics["n_sources"],
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,9 @@ from cumbre.core.ids import source_id
 from cumbre.payloads.exposure import MaskPlane
 from cumbre.payloads.kernels.classify import VERSION
 from cumbre.payloads.processing import DifferenceResult
+
+if TYPE_CHECKING:
+    from cumbre.alerts.encode import EncodedRows
 
 STAMP_HALF = 15
 _BLOCK = 2880
@@ -180,8 +183,8 @@ def alert(
     source: dict[str, Any],
     *,
     dia_object: dict[str, Any] | None = None,
-    previous: list[dict[str, Any]] | None = None,
-    forced: list[dict[str, Any]] | None = None,
+    previous: list[dict[str, Any]] | EncodedRows | None = None,
+    forced: list[dict[str, Any]] | EncodedRows | None = None,
     stamps: dict[str, bytes] | None = None,
 ) -> dict[str, Any]:
     """One alert packet as a record of schema v11.1."""

@@ -376,11 +376,11 @@ def point_sources_among(
         y, x = y0 + int(dy), x0 + int(dx)
         cell = x // _PSF_CELL, y // _PSF_CELL
         if cell not in cells:
-            middle = [
+            cx, cy = (
                 (c * _PSF_CELL + min((c + 1) * _PSF_CELL, n)) / 2
                 for c, n in zip(cell, found.shape[::-1], strict=True)
-            ]
-            cells[cell] = _profiles(psf, *middle, half)
+            )
+            cells[cell] = _profiles(psf, cx, cy, half)
         chi2, flux, n = _best_fit(pixels, noise, skip, y, x, cells[cell], half, radius2, tolerance)
         if flux <= 0 or chi2 > limit * (n - 4):
             continue

@@ -63,6 +63,16 @@ def _count_odd(variance, limit):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
+def has_no_variance(variance):  # type: ignore[no-untyped-def]
+    """Whether a variance is not positive, or not a number."""
+    for j in range(variance.shape[0]):
+        for i in range(variance.shape[1]):
+            if not variance[j, i] > 0:
+                return True
+    return False
+
+
+@njit(cache=True)
 def _replace_odd(variance, limit, value, out):  # type: ignore[no-untyped-def]
     for j in range(variance.shape[0]):
         for i in range(variance.shape[1]):
