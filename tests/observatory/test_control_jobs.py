@@ -224,9 +224,13 @@ def test_what_no_camera_of_the_site_explains_is_told_and_does_no_harm(world):
     assert any("HyperCam" in text for text in said)
 
 
-def test_an_order_given_twice_is_one_job(world):
+@pytest.mark.parametrize("ended", [False, True])
+def test_an_order_given_twice_is_one_job(world, ended):
     obs_id = world.expose()
     world.run(lambda: ordered(world, obs_id))
+    if ended:
+        world.arrive(obs_id, RAFT)
+        world.run(lambda: world.jobs("state = 'done'"))
     for message in world.bus.replay(["Camera.startIntegration"]):
         world.bus.publish("Camera.startIntegration", message.fields)
     later = world.expose()
