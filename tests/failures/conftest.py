@@ -135,6 +135,7 @@ def _site() -> Iterator[Running]:
     path = site.path(SITE_FILE)
     data = yaml.safe_load(path.read_text())
     data["roles"] = [name for name in roles_of(site) if name not in NOT_NEEDED]
+    data["control"] = {"start": {"Archiver": "science", "CatchUpArchiver": "science"}}
     data["simulator"]["rate"] = 4.0
     data["catch_up"] = {"grace_s": 20, "every_s": 1}
     data["retention"] |= {"scrub_every_s": 3}

@@ -148,7 +148,9 @@ def set_clock(site: Site) -> Clock:
 
 
 def wait_ready(site: Site, *, wait_s: float = READY_DEADLINE_S, without: Collection[str] = ()) -> None:
-    """Wait until every role, ``without`` some, has said that it is enabled.
+    """Wait until every role has said that it is enabled, and until control has enabled its entities.
+
+    ``without`` some roles, whatever entity needs them is not waited for either.
 
     Raises
     ------
@@ -172,7 +174,7 @@ def wait_ready(site: Site, *, wait_s: float = READY_DEADLINE_S, without: Collect
         if time.monotonic() - since > wait_s:
             logs = ", ".join(str(site.root / "logs" / f"{name}.log") for name in sorted(waiting))
             raise DeadlineError(f"not ready after {wait_s:.0f} s: {', '.join(sorted(waiting))}; see {logs}")
-    if site.config.archive.control:
+    if site.config.archive.control and not without:
         _wait_enabled(site, bus, enabled)
 
 
