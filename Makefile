@@ -12,6 +12,7 @@ demo: install ## a simulated night with real services; the last line is the path
 	@$(VENV)/bin/cumbre night --site $(SITE) --fresh $(ARGS)
 
 test: install ## style, types, import laws and all tests
+	@bash deploy/test-packages.sh
 	$(VENV)/bin/ruff check src tests benchmarks
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
