@@ -29,6 +29,8 @@ def _combine(images, variances, masks, unusable, clip, image, variance, mask, de
             for k in range(n):
                 bits_k = masks[k, j, i]
                 common &= bits_k
+                # Where the sharpest images are saturated the others alone would make the star too faint.
+                bits |= bits_k & 2
                 if bits_k & unusable:
                     continue
                 values[m], weights[m] = images[k, j, i], 1.0 / variances[k, j, i]
