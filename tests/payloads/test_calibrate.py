@@ -147,6 +147,16 @@ def test_badly_wrong_pointing_is_solved_blind(democam, sky):
     assert np.hypot(px - 100, py - 900) < 0.2
 
 
+@pytest.mark.parametrize("offset_deg", [30 / 3600, 0.5])
+def test_pointing_off_by_any_known_amount_is_solved(democam, sky, offset_deg):
+    exposure, *_ = observe(democam, sky, 6)
+    exposure.metadata["dec_deg"] += offset_deg
+    result = calibrate(exposure, sky, instrument=democam)
+    assert result.metrics["pointing_offset_arcsec"] == pytest.approx(3600 * offset_deg, rel=0.02)
+    assert result.metrics["astrometric_rms_arcsec"] < 0.05
+    assert result.zero_point == pytest.approx(ZERO_POINT, abs=0.03)
+
+
 def test_outcomes_of_hopeless_images(democam, sky):
     exposure, *_ = observe(democam, sky, 2)
     empty = np.random.default_rng(1).normal(900, 30, (1024, 1024)).astype(np.float32)

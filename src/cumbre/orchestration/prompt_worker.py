@@ -195,7 +195,10 @@ def process(payload: dict[str, Any]) -> dict[str, Any]:
         write_injected(Path(payload["site"]), image["exposure_id"], detector.id, band, made.injected)
     wall = time.monotonic() - begun
     log.info("steps: %s", made.wall_s)
+    for warning in made.warnings:
+        log.warning("%s", warning)
     return {
+        "message": "; ".join(made.warnings),
         "n_sources": len(made.dia_sources),
         "n_alerts": len(packets),
         "quality": _quality(made.quality, band, wall),

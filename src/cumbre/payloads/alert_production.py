@@ -1,7 +1,8 @@
 """Prompt processing of one detector image: raw file in; sources, objects, forced photometry and alerts out.
 
-A function of its arguments: it reads no database and publishes nothing, so that it runs in any worker and gives the
-same answer when it is run again.
+A function of its arguments: it reads no database, publishes nothing and writes no image, so that it runs in any worker
+and gives the same answer when it is run again. Alerts leave first: whoever keeps the images of ``DetectorResult`` writes
+them after the packets have been handed over.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ class DetectorResult:
         Packets (schema v11.1) as records, most significant first.
     quality
         Fields of ``Prompt.visitQuality``; what is not known is absent.
+    warnings
+        What was left out of the lists, in words; empty for an image that was done in full.
     wall_s
         Seconds by step.
     injected
@@ -69,6 +72,7 @@ class DetectorResult:
     result: DifferenceResult
     wall_s: dict[str, float] = field(default_factory=dict)
     injected: list[dict[str, Any]] | None = None
+    warnings: list[str] = field(default_factory=list)
 
 
 def warm_up() -> None:
@@ -181,7 +185,17 @@ def produce(
         result,
         wall,
         None if fakes is None else _injected(fakes, result, config.reliable),
+        _warnings(result, config),
     )
+
+
+def _warnings(result: DifferenceResult, config: DifferenceConfig) -> list[str]:
+    """What an operator should know about a result that is not whole."""
+    peaks = int(result.metrics["n_peaks"])
+    if peaks <= config.max_sources:
+        return []
+    text = f"{peaks} detections, only the {config.max_sources} most significant were measured"
+    return [f"{text}: the subtraction failed, or the field is full of artefacts"]
 
 
 def _with_fakes(exposure: Exposure, inject: InjectionConfig) -> tuple[Exposure, NDArray[np.void]]:

@@ -149,11 +149,11 @@ def _header_number(header: dict[str, Any], names: tuple[str, ...]) -> float:
 def write_outputs(
     result: DifferenceResult, science: Exposure, out: Path, summary: dict[str, Any], config: DifferenceConfig
 ) -> None:
-    """Write every product; ``summary["files"]`` gets their names."""
+    """Write every product, the alerts first: nobody waits for an image. ``summary["files"]`` gets their names."""
     out.mkdir(parents=True, exist_ok=True)
+    summary["n_alerts"] = _write_alerts(result, science, out / "alerts.avro")
     _write_tables(result, out)
     _write_difference(result, out / "difference.fits")
-    summary["n_alerts"] = _write_alerts(result, science, out / "alerts.avro")
     summary["files"] = {
         name: str(out / name)
         for name in (
