@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
-import cv2
 import numpy as np
 import sep
 from numpy.typing import NDArray
@@ -24,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 UNUSABLE = int(MaskPlane.unusable() | MaskPlane.SAT_TEMPLATE)
 """Mask bits of difference pixels that are not measured."""
+MOST_STARS = 4000
+"""Brightest stars that take part in the matching of two images."""
 SHARPER = 0.88
 """Ratio of widths below which the science image is convolved: its noise spoils the kernel, the template's hardly."""
 
@@ -149,9 +150,16 @@ def _near_bad(bad: NDArray[np.bool_], x: NDArray[np.intp], y: NDArray[np.intp]) 
     return out
 
 
-def stars_at(exposure: Exposure, x: NDArray[np.float64], y: NDArray[np.float64], fwhm_px: float) -> Stars:
+def stars_at(
+    exposure: Exposure,
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    fwhm_px: float,
+    sized: NDArray[np.bool_] | None = None,
+) -> Stars:
     """Measure an exposure at the places of another one's stars, in their order.
 
+    Half-light radii are measured of the ``sized`` stars only, and NaN else: they cost more than all the rest.
     Places are refined by centroids; one that walks away by more than two pixels stays. Far cheaper than a detection,
     and what is no star in the other image is of no use here.
     """
@@ -164,7 +172,11 @@ def stars_at(exposure: Exposure, x: NDArray[np.float64], y: NDArray[np.float64],
     typical = float(np.median(planes.finite_variance(exposure.variance[::step, ::step])))
     noise = max(typical, 1e-30) ** 0.5
     flux, flux_err, flags = sep.sum_circle(image, cx, cy, radius, err=noise)
-    half, _ = sep.flux_radius(image, cx, cy, np.full(len(cx), 3 * radius), 0.5)
+    half = np.full(len(cx), np.nan)
+    if sized is not None and sized.any():
+        half[sized], _ = sep.flux_radius(
+            image, cx[sized], cy[sized], np.full(int(sized.sum()), 3 * radius), 0.5
+        )
     xi = np.clip(np.round(cx).astype(int), 0, image.shape[1] - 1)
     yi = np.clip(np.round(cy).astype(int), 0, image.shape[0] - 1)
     return Stars(
@@ -184,6 +196,7 @@ def _listed_stars(exposure: Exposure) -> Stars | None:
     ny, nx = exposure.shape
     inside = (listed["x"] > -0.5) & (listed["y"] > -0.5) & (listed["x"] < nx - 0.5) & (listed["y"] < ny - 0.5)
     listed = listed[inside & (listed["flux"] > 0)]
+    listed = listed[np.argsort(-listed["flux"], kind="stable")][:MOST_STARS]
     return stars_at(exposure, listed["x"], listed["y"], exposure.psf.fwhm_px) if len(listed) >= 3 else None
 
 
@@ -361,7 +374,11 @@ def _both_stars(science: Exposure, template: Exposure) -> tuple[Stars, Stars]:
     listed = _listed_stars(science)
     if listed is None:
         return find_stars(science), find_stars(template)
-    measured = stars_at(template, listed.x, listed.y, science.psf.fwhm_px)
+    sized = np.zeros(len(listed), bool)
+    if not isinstance(template.psf, PsfModel):
+        known = _only_known(listed, science)
+        sized = np.isin(listed.x, known.x) if len(known) < len(listed) else listed.snr > 30
+    measured = stars_at(template, listed.x, listed.y, science.psf.fwhm_px, sized)
     # A template too shallow or too shifted for that is searched like any other image.
     near = np.hypot(measured.x - listed.x, measured.y - listed.y) < 1.0
     bright = listed.is_clean & (listed.snr > 20)
@@ -422,17 +439,14 @@ def _mask(
         np.uint16(MaskPlane.BAD | MaskPlane.NO_DATA | MaskPlane.EDGE), np.uint16(MaskPlane.SAT),
         np.uint16(MaskPlane.NO_DATA), np.uint16(MaskPlane.SAT_TEMPLATE), np.uint16(UNUSABLE),
     )  # fmt: skip
-    if not open_ends:
-        return np.asarray(mask)
-    moved = science if is_science_convolved else template
-    bit = MaskPlane.SAT if is_science_convolved else MaskPlane.SAT_TEMPLATE
-    reached = result.touched & ((mask & UNUSABLE) == 0)
-    if reached.any():
+    if open_ends:
         # What the kernel spread was a gap or a saturated star: the nearer of the two names the pixel.
-        window = np.ones((2 * result.reach + 1, 2 * result.reach + 1), np.uint8)
-        near_star = cv2.dilate(((moved.mask & MaskPlane.SAT) > 0).astype(np.uint8), window) > 0
-        mask[reached & near_star] |= np.uint16(bit)
-        mask[reached & ~near_star] |= np.uint16(MaskPlane.NO_DATA)
+        moved = science if is_science_convolved else template
+        bit = MaskPlane.SAT if is_science_convolved else MaskPlane.SAT_TEMPLATE
+        planes.name_reached(
+            mask, result.touched, moved.mask, np.uint16(MaskPlane.SAT), np.uint16(bit), np.uint16(MaskPlane.NO_DATA),
+            np.uint16(UNUSABLE), result.reach,
+        )  # fmt: skip
     return np.asarray(mask)
 
 

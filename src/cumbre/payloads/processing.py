@@ -152,7 +152,7 @@ def process_pair(
     x, y, _ = find_peaks(snr, config.threshold, radius=max(2, round(0.8 * fwhm)))
     keep = _independent(x, y, np.abs(snr[y, x]), fwhm)
     x, y = x[keep][: config.max_sources], y[keep][: config.max_sources]
-    measurer = _Measurer(made, snr, bad, scale, fwhm)
+    measurer = _Measurer(made, snr, bad, scale, fwhm, has_streak=streak is not None)
     del bad
     sources = measurer.table(x, y)
     features = np.array([measurer.features[i] for i in sources["id"]]).reshape(
@@ -210,7 +210,14 @@ class _Measurer:
     """Measures peaks of one difference."""
 
     def __init__(
-        self, made: Difference, snr: NDArray[np.float32], bad: NDArray[np.bool_], scale: float, fwhm: float
+        self,
+        made: Difference,
+        snr: NDArray[np.float32],
+        bad: NDArray[np.bool_],
+        scale: float,
+        fwhm: float,
+        *,
+        has_streak: bool,
     ) -> None:
         self._made, self._snr, self._scale, self._fwhm = made, snr, scale, fwhm
         exposure = made.exposure
@@ -222,8 +229,9 @@ class _Measurer:
         self._tolerance = float(np.clip(4 * made.science_psf.residual, 0.15, 0.25))
         radius = max(2, round(0.8 * fwhm))
         self.tails = noise_peaks(snr, bad, radius), noise_peaks(snr, bad, radius, sign=-1)
-        streak = exposure.mask & MaskPlane.STREAK
-        on_streak = np.abs(snr[streak > 0]) if streak.any() else np.zeros(0)
+        on_streak = np.zeros(0)
+        if has_streak:
+            on_streak = np.abs(snr[(exposure.mask & np.uint16(MaskPlane.STREAK)) > 0])
         self._streak_level = float(np.median(on_streak[on_streak > 3])) if (on_streak > 3).any() else 0.0
         self._psf_shape: dict[int, tuple[float, float, float]] = {}
         self.features: list[tuple[float, ...]] = []

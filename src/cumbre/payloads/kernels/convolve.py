@@ -36,15 +36,25 @@ def tiles(shape: tuple[int, int], step: int) -> Iterator[tuple[int, int, int, in
 def transform_kernel(kernel: NDArray[np.floating], side: int) -> ComplexImage:
     """Transform of a kernel whose centre moves to the first pixel, so that the result is not shifted."""
     ny, nx = kernel.shape
-    rows = scipy.fft.rfft(np.asarray(kernel, np.float32), side, axis=1)
-    full = np.zeros((side, rows.shape[1]), np.complex64)
     cy, cx = ny // 2, nx // 2
-    full[: ny - cy] = rows[cy:]
-    full[side - cy :] = rows[:cy]
-    full = scipy.fft.fft(full, axis=0, overwrite_x=True)
+    wide = np.zeros((side, side), np.float32)
+    wide[: ny - cy, : nx - cx] = kernel[cy:, cx:]
+    if cy:
+        wide[-cy:, : nx - cx] = kernel[:cy, cx:]
     if cx:
-        full *= np.exp(2j * np.pi * cx * np.arange(rows.shape[1]) / side).astype(np.complex64)
-    return np.asarray(full)
+        wide[: ny - cy, -cx:] = kernel[cy:, :cx]
+    if cx and cy:
+        wide[-cy:, -cx:] = kernel[:cy, :cx]
+    return np.asarray(scipy.fft.rfft2(wide))
+
+
+def trimmed(weights: NDArray[np.floating], least: float = 1e-4) -> NDArray[np.float32]:
+    """The middle of a symmetric window's weights without ends that are less than ``least`` of the sum; sum kept."""
+    half = len(weights) // 2
+    strong = np.flatnonzero(np.abs(weights) > least * np.abs(weights).sum())
+    reach = int(np.abs(strong - half).max()) if strong.size else 0
+    inner = weights[half - reach : half + reach + 1]
+    return np.asarray(inner * (weights.sum() / inner.sum()), np.float32)
 
 
 def cut(image: FloatImage, y0: int, x0: int, half: int, buffer: FloatImage) -> FloatImage:

@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from cumbre.payloads.kernels.convolve import backward, forward, tile_side, tiles, transform_kernel
+from cumbre.payloads.kernels.convolve import backward, forward, tile_side, tiles, transform_kernel, trimmed
 
 BLOCK = 128
 """Side of the cells that share a PSF stamp."""
@@ -132,11 +132,9 @@ def significance(
         square = stamp**2
         total = float(square.sum())
         _cut_good(variance, bad, y0 - half, x0 - half, buffer)
-        across, up = (square.sum(axis=axis).astype(np.float32) for axis in (0, 1))
-        noise = cv2.sepFilter2D(
-            buffer, cv2.CV_32F, across / np.float32(total), up, borderType=cv2.BORDER_CONSTANT
-        )[inner]
-        full = total * float(np.median(variance[y0:y1:4, x0:x1:4]))
+        across, up = trimmed(square.sum(axis=0) / total), trimmed(square.sum(axis=1))
+        noise = cv2.sepFilter2D(buffer, cv2.CV_32F, across, up, borderType=cv2.BORDER_CONSTANT)[inner]
+        full = total * float(np.median(variance[y0:y1:9, x0:x1:9]))
         _ratio(signal, noise, np.float32(max(0.3 * full, 1e-30)), out[y0:y1, x0:x1])
     return out
 

@@ -16,6 +16,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from cumbre.payloads.kernels.convolve import (
+    ComplexImage,
     KernelField,
     backward,
     convolve_field,
@@ -24,6 +25,7 @@ from cumbre.payloads.kernels.convolve import (
     tile_side,
     tiles,
     transform_kernel,
+    trimmed,
 )
 from cumbre.payloads.kernels.kernel_match import KernelSolution
 
@@ -115,9 +117,9 @@ def subtract(
     image = _subtract_tiles(fixed, convolved, solution, phi if decorrelate else None, factor)
     # Photon noise of stars is smeared as the stars are; its level is that after decorrelation. Sums along the
     # axes describe the squared kernel well enough for a variance.
-    square = (middle**2 / (middle**2).sum()).astype(np.float32)
+    square = middle**2 / (middle**2).sum()
     variance = cv2.sepFilter2D(
-        convolved_variance, cv2.CV_32F, square.sum(axis=0)[::-1].copy(), square.sum(axis=1)[::-1].copy(),
+        convolved_variance, cv2.CV_32F, trimmed(square.sum(axis=0)[::-1]), trimmed(square.sum(axis=1)[::-1]),
         borderType=cv2.BORDER_REPLICATE,
     )  # fmt: skip
     scale = kernel_sum**-2 if is_science_convolved else 1.0
@@ -147,13 +149,18 @@ def _subtract_tiles(
     side = tile_side(shape, halo)
     out = np.empty(shape, np.float32)
     one, two = np.zeros((side, side), np.float32), np.zeros((side, side), np.float32)
+    filters: dict[int, ComplexImage] = {}
     for y0, y1, x0, x1 in tiles(shape, side - 2 * halo):
         x, y = (x0 + x1 - 1) / 2, (y0 + y1 - 1) / 2
         spectrum = forward(cut(convolved, y0, x0, halo, two))
         spectrum *= transform_kernel(solution.kernel(x, y), side)
         np.subtract(forward(cut(fixed, y0, x0, halo, one)), spectrum, out=spectrum)
         if phi is not None:
-            spectrum *= transform_kernel(phi(x, y), side)
+            kernel = phi(x, y)
+            # neighbouring tiles share their decorrelation kernel: one transform for all of them
+            if id(kernel) not in filters:
+                filters[id(kernel)] = transform_kernel(kernel, side)
+            spectrum *= filters[id(kernel)]
         result = backward(spectrum, side)[halo : halo + y1 - y0, halo : halo + x1 - x0]
         # The decorrelation's sum is one: the smooth background passes it unchanged.
         np.subtract(result, solution.background_tile(y0, y1, x0, x1), out=out[y0:y1, x0:x1])

@@ -198,3 +198,22 @@ def flag_detected(mask, snr, threshold, positive, negative):  # type: ignore[no-
                 mask[j, i] |= positive
             elif snr[j, i] <= -threshold:
                 mask[j, i] |= negative
+
+
+@njit(cache=True)
+def name_reached(mask, touched, moved, saturated, near_bit, far_bit, unusable, reach):  # type: ignore[no-untyped-def]
+    """Flag, in place, touched pixels without an unusable bit: near a saturated pixel of the moved image, or not."""
+    ny, nx = mask.shape
+    for j in range(ny):
+        for i in range(nx):
+            if not touched[j, i] or mask[j, i] & unusable:
+                continue
+            bit = far_bit
+            for b in range(max(j - reach, 0), min(j + reach + 1, ny)):
+                for a in range(max(i - reach, 0), min(i + reach + 1, nx)):
+                    if moved[b, a] & saturated:
+                        bit = near_bit
+                        break
+                if bit == near_bit:
+                    break
+            mask[j, i] |= bit
