@@ -14,7 +14,7 @@ from cumbre.payloads.kernels.extract import extract
 
 FloatImage = NDArray[np.float32]
 SEP_BLENDED, SEP_TRUNCATED = 2 | 1, 8
-MAX_RADII = 4000
+MAX_RADII = 2500
 _KERNEL = np.array([[1, 2, 1], [2, 4, 2], [1, 2, 1]], np.float32)
 
 
@@ -133,7 +133,7 @@ def background_and_sources(
     """
     import cv2
 
-    first = measure_background(image, bad, mesh=mesh)
+    first = measure_background(image, bad, mesh=mesh, step=2)
     found, segments = detect(image - first.level, first.global_rms, bad, **options)
     # the wings of a star reach beyond its isophote
     covered = cv2.dilate((segments > 0).astype(np.uint8), np.ones((7, 7), np.uint8)) > 0
