@@ -242,7 +242,14 @@ def factories(site: Site) -> dict[str, Factory]:
         out["oods"] = _ingest("summit")
     if site.config.places["archive"].repository:
         out["embargo"] = _ingest("archive")
-    out |= {"prompt": _prompt, "relay": _relay, "alert-archive": _alert_archive, "retention": _retention, "scrub": _scrub, "web": _web}
+    out |= {
+        "prompt": _prompt,
+        "relay": _relay,
+        "alert-archive": _alert_archive,
+        "retention": _retention,
+        "scrub": _scrub,
+        "web": _web,
+    }
     wanted = site.config.roles
     if wanted is None:
         return out
