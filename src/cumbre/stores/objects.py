@@ -292,9 +292,9 @@ class ObjectStore:
             return
         client, bucket, base = self._client("x")
         base = base.removesuffix("x")
-        top = f"{base}{_clean(prefix)}/" if prefix else base
+        start = f"{base}{_clean(prefix)}/" if prefix else base
         with _s3_errors(f"{self.root}/{prefix}"):
-            for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=top):
+            for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=start):
                 for item in page.get("Contents", ()):
                     yield str(item["Key"]).removeprefix(base)
 
