@@ -20,22 +20,22 @@ if TYPE_CHECKING:
 STAMP_HALF = 15
 _BLOCK = 2880
 _FLAG_COLUMNS = {
-    "pixelFlags_bad": (MaskPlane.BAD, False),
-    "pixelFlags_cr": (MaskPlane.CR, False),
-    "pixelFlags_crCenter": (MaskPlane.CR, True),
-    "pixelFlags_edge": (MaskPlane.EDGE, False),
-    "pixelFlags_nodata": (MaskPlane.NO_DATA, False),
-    "pixelFlags_nodataCenter": (MaskPlane.NO_DATA, True),
-    "pixelFlags_interpolated": (MaskPlane.INTRP, False),
-    "pixelFlags_interpolatedCenter": (MaskPlane.INTRP, True),
-    "pixelFlags_saturated": (MaskPlane.SAT | MaskPlane.SAT_TEMPLATE, False),
-    "pixelFlags_saturatedCenter": (MaskPlane.SAT | MaskPlane.SAT_TEMPLATE, True),
-    "pixelFlags_suspect": (MaskPlane.SUSPECT, False),
-    "pixelFlags_suspectCenter": (MaskPlane.SUSPECT, True),
-    "pixelFlags_streak": (MaskPlane.STREAK, False),
-    "pixelFlags_streakCenter": (MaskPlane.STREAK, True),
-    "pixelFlags_injected": (MaskPlane.INJECTED, False),
-    "pixelFlags_injectedCenter": (MaskPlane.INJECTED, True),
+    "pixelFlags_bad": (int(MaskPlane.BAD), False),
+    "pixelFlags_cr": (int(MaskPlane.CR), False),
+    "pixelFlags_crCenter": (int(MaskPlane.CR), True),
+    "pixelFlags_edge": (int(MaskPlane.EDGE), False),
+    "pixelFlags_nodata": (int(MaskPlane.NO_DATA), False),
+    "pixelFlags_nodataCenter": (int(MaskPlane.NO_DATA), True),
+    "pixelFlags_interpolated": (int(MaskPlane.INTRP), False),
+    "pixelFlags_interpolatedCenter": (int(MaskPlane.INTRP), True),
+    "pixelFlags_saturated": (int(MaskPlane.SAT | MaskPlane.SAT_TEMPLATE), False),
+    "pixelFlags_saturatedCenter": (int(MaskPlane.SAT | MaskPlane.SAT_TEMPLATE), True),
+    "pixelFlags_suspect": (int(MaskPlane.SUSPECT), False),
+    "pixelFlags_suspectCenter": (int(MaskPlane.SUSPECT), True),
+    "pixelFlags_streak": (int(MaskPlane.STREAK), False),
+    "pixelFlags_streakCenter": (int(MaskPlane.STREAK), True),
+    "pixelFlags_injected": (int(MaskPlane.INJECTED), False),
+    "pixelFlags_injectedCenter": (int(MaskPlane.INJECTED), True),
 }
 
 

@@ -7,7 +7,7 @@ calibration, ADU otherwise). ``psfFlux`` is the PSF fit on the difference; ``flu
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -36,17 +36,18 @@ _FLOATS = (
     "reliability", "correlation", "elongation", "trailLength", "trailAngle",
 )  # fmt: skip
 FLAGS = {
-    "flagBad": MaskPlane.BAD,
-    "flagSaturated": MaskPlane.SAT,
-    "flagInterpolated": MaskPlane.INTRP,
-    "flagCosmicRay": MaskPlane.CR,
-    "flagEdge": MaskPlane.EDGE,
-    "flagNoData": MaskPlane.NO_DATA,
-    "flagStreak": MaskPlane.STREAK,
-    "flagSaturatedTemplate": MaskPlane.SAT_TEMPLATE,
-    "flagInjected": MaskPlane.INJECTED,
+    "flagBad": int(MaskPlane.BAD),
+    "flagSaturated": int(MaskPlane.SAT),
+    "flagInterpolated": int(MaskPlane.INTRP),
+    "flagCosmicRay": int(MaskPlane.CR),
+    "flagEdge": int(MaskPlane.EDGE),
+    "flagNoData": int(MaskPlane.NO_DATA),
+    "flagStreak": int(MaskPlane.STREAK),
+    "flagSaturatedTemplate": int(MaskPlane.SAT_TEMPLATE),
+    "flagInjected": int(MaskPlane.INJECTED),
 }
 EDGE_PX = 3
+_REJECT = int(MaskPlane.CR | MaskPlane.SAT | MaskPlane.SAT_TEMPLATE | MaskPlane.BAD)
 _DETECTED = np.uint16(MaskPlane.DETECTED), np.uint16(MaskPlane.DETECTED_NEGATIVE)
 SOURCE_DTYPE = np.dtype(
     [("id", np.int64), *((name, np.float64) for name in _FLOATS), ("isNegative", bool), ("isDipole", bool)]
@@ -316,17 +317,16 @@ class _Measurer:
         )
         partner = source.partner * abs(peak_snr)
         row["isDipole"] = partner >= 4.5 and source.partner >= 0.25
-        reject = MaskPlane.CR | MaskPlane.SAT | MaskPlane.SAT_TEMPLATE | MaskPlane.BAD
-        rejected = bool(source.mask_bits_centre & int(reject))
+        rejected = bool(source.mask_bits_centre & _REJECT)
         # Within three pixels of the edge half of a PSF is missing: a hit there looks like anything.
         ny, nx = self._snr.shape
         rejected |= bool(min(px, py, nx - 1 - px, ny - 1 - py) < EDGE_PX)
-        on_streak = bool(source.mask_bits_centre & MaskPlane.STREAK)
+        on_streak = bool(source.mask_bits_centre & FLAGS["flagStreak"])
         rejected |= on_streak and abs(peak_snr) < 5.0 * self._streak_level
         # A difference that fits no PSF at its own peak (sign or place) is not a source.
         rejected |= bool(source.flux * peak_snr <= 0)
         row["reliability"] = classify.reliability(features, is_rejected=rejected)
-        self.features.append((*astuple(features), float(rejected)))
+        self.features.append((*features.values(), float(rejected)))
 
     def _wide_fluxes(self, rows: NDArray[Any]) -> None:
         """Position by light where the PSF does not describe the source, then the flux in the wide aperture."""

@@ -30,7 +30,7 @@ flux that is not finite or of the other sign than its peak.
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -57,6 +57,13 @@ class Features:
     core: float
     peak: float
     hit: float
+
+    def values(self) -> tuple[float, ...]:
+        """In the order of :data:`WEIGHTS`."""
+        return (
+            self.misfit, self.shape, self.residual, self.host, self.mask, self.elongation, self.wide, self.chance,
+            self.core, self.peak, self.hit,
+        )  # fmt: skip
 
 
 def features_of(
@@ -120,7 +127,7 @@ def features_of(
 
 def reliability(features: Features, *, is_rejected: bool = False) -> float:
     """Probability-like score 0…1 that the source is a real change of the sky."""
-    values = np.array(astuple(features))
+    values = np.array(features.values())
     if is_rejected or not np.isfinite(values).all():
         return 0.0
     logit = BIAS - float(np.dot(WEIGHTS, np.clip(values, 0.0, LIMIT)))
