@@ -23,9 +23,11 @@ from cumbre.archive.pairs import distributor_name
 from cumbre.archive.protocol import Parcel
 from cumbre.archive.receiver import Receiver
 from cumbre.archive.server import ImageServer
+from cumbre.capture.fits_checksum import claims_and_fails
 from cumbre.capture.hops import Piece, detector_ids, hop_fields, piece_of, publish_hop, publish_hops
 from cumbre.capture.keys import RawKey
-from cumbre.core.errors import ConfigurationError, CumbreError
+from cumbre.capture.quarantine import quarantine
+from cumbre.core.errors import BadFileError, ConfigurationError, CumbreError
 from cumbre.core.instrument import load_instrument
 from cumbre.stores.files import PREFIX, sha256_of
 
@@ -246,6 +248,9 @@ class Distributor:
             if self._scanned and not is_settled(path):
                 continue  # arriving just now; its own arrival knows more of it
             try:
+                if claims_and_fails(path):
+                    self._set_aside(key, path)
+                    continue
                 parcel = Parcel(text, path.stat().st_size, sha256_of(path), group_of(path))
             except (CumbreError, OSError) as error:
                 log.warning("%s: %s", path, error)
@@ -253,6 +258,24 @@ class Distributor:
             self._arrivals.put((parcel, path))
         self._scanned = True
         self._arrivals.put(None)
+
+    def _set_aside(self, key: RawKey, path: Path) -> None:
+        """Take a file away that rotted before its arrival was told: the ledger misses it, so it is sent again."""
+        error = BadFileError(f"{path}: does not fit its own checksums; set aside, it will be sent again")
+        log.error("%s", error)
+        kept = quarantine(
+            self._site.path(f"{self._place}/quarantine"),
+            str(key),
+            path,
+            error,
+            at_tai=self._clock.now_tai_s(),
+        )
+        path.unlink()
+        piece = piece_of(key.instrument, key.obs_id, key.part, self._ids)
+        publish_hop(
+            self._bus, self._clock, piece, "quarantined", place=self._place, outcome=error.outcome, path=kept,
+            message=str(error),
+        )  # fmt: skip
 
     def _refused(self, said: dict[str, Any], outcome: str, message: str, kept: Path | None) -> None:
         """Tell the ledger of a refused file when it says which image it is of (called by receiver threads)."""
