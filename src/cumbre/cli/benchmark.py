@@ -79,8 +79,9 @@ def _peers(scratch: Path, interpreter: Path | None) -> dict[str, Any]:
 
     script = Path(__file__).with_name("benchmark_peers.py")
     out: dict[str, Any] = {}
-    for name in json.loads(subprocess.check_output([sys.executable, str(script), "list"], text=True)):
-        command = [str(interpreter or sys.executable), str(script), name, str(scratch)]
+    for name in json.loads(subprocess.check_output([sys.executable, "-P", str(script), "list"], text=True)):
+        # -P: names of our modules beside the script must not hide those of the library
+        command = [str(interpreter or sys.executable), "-P", str(script), name, str(scratch)]
         from cumbre.site.alert_benchmark import environment
 
         try:

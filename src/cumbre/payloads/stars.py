@@ -11,10 +11,13 @@ from numpy.typing import NDArray
 from cumbre.core.errors import NoWorkFoundError
 from cumbre.payloads.kernels.background import Background, measure_background
 from cumbre.payloads.kernels.extract import extract
+from cumbre.payloads.kernels.planes import sampled
 
 FloatImage = NDArray[np.float32]
 SEP_BLENDED, SEP_TRUNCATED = 2 | 1, 8
 MAX_RADII = 2500
+MOST_COVERED = 0.03
+"""Part of the pixels that detected sources cover at most."""
 _KERNEL = np.array([[1, 2, 1], [2, 4, 2], [1, 2, 1]], np.float32)
 
 
@@ -122,9 +125,12 @@ def detect(
 
 
 def background_and_sources(
-    image: FloatImage, bad: NDArray[np.bool_], *, mesh: int = 64, **options: Any
+    image: FloatImage, bad: NDArray[np.bool_], *, mesh: int = 64, threshold: float = 6.0, **options: Any
 ) -> tuple[Background, FloatImage, Detections]:
     """Background measured twice: the second time without the sources that the first one showed.
+
+    Sources are those above ``threshold`` sigma; in a field where they would cover more than ``MOST_COVERED`` of the
+    pixels, the brightest that cover so much.
 
     Returns
     -------
@@ -134,9 +140,17 @@ def background_and_sources(
     import cv2
 
     first = measure_background(image, bad, mesh=mesh, step=2)
-    found, segments = detect(image - first.level, first.global_rms, bad, **options)
+    above = image - first.level
+    least = threshold * first.global_rms
+    sample = sampled(above, bad)
+    # Where stars cover the field the brightest tell all that is asked of them here, at a fraction of the time.
+    limit = max(least, float(np.quantile(sample, 1 - MOST_COVERED))) if sample.size else least
+    found, segments = detect(above, first.global_rms, bad, threshold=limit / first.global_rms, **options)
     # the wings of a star reach beyond its isophote
-    covered = cv2.dilate((segments > 0).astype(np.uint8), np.ones((7, 7), np.uint8)) > 0
+    light = (segments > 0).astype(np.uint8)
+    if limit > least:
+        light |= above > least
+    covered = cv2.dilate(light, np.ones((7, 7), np.uint8)) > 0
     if np.mean(covered | bad) > 0.8:
         return first, image - first.level, found
     second = measure_background(image, bad | covered, mesh=mesh)
