@@ -68,6 +68,7 @@ def site(tmp_path: Path) -> Site:
     data["places"]["base"]["listen"] = f"10.77.0.2:{PORT}"
     data["links"][0] |= {"pairs": 1, "latency_ms": 0, "bandwidth_mbit_s": None, "timeout_s": 2.0}
     data["capture"] = {"writers": 1}
+    data["archive"] = {"control": False}  # no control system here that would order the files
     path.write_text(yaml.safe_dump(data))
     (site.root / "wide.yaml").write_text(
         (site.root / "chaoscam.yaml").read_text().replace("nx: 128", "nx: 1024").replace("ny: 64", "ny: 512")
