@@ -26,7 +26,7 @@ benchmarks: install ## print the tables of figures
 PEERS_VENV ?= .venv-peers
 benchmarks-peers: install ## other programs on the same pixels as our alert production (SExtractor, SWarp: from apt)
 	@$(VENV)/bin/python -m venv $(PEERS_VENV)
-	@for name in astroscrappy photutils reproject sfft; do $(PEERS_VENV)/bin/pip install -q $$name || echo "$$name: not installed"; done
+	@for name in 'numpy<2.4' astroscrappy photutils reproject sfft; do $(PEERS_VENV)/bin/pip install -q "$$name" || echo "$$name: not installed"; done
 	@$(PEERS_VENV)/bin/pip install -q setuptools cython && for name in ois properimage; do \
 		$(PEERS_VENV)/bin/pip install -q --no-build-isolation $$name || echo "$$name: not installed"; done
 	@$(VENV)/bin/cumbre benchmark alerts --cache .benchmark-images --peers-python $(PEERS_VENV)/bin/python

@@ -100,8 +100,16 @@ def warm_up() -> None:
                 metadata={"exposure_id": 1, "detector": 0, "mjd_mid_tai": 60000.0},
             )
         )
-    pair[0].image[100:103, 60:63] += 500
-    produce(pair[0], None, pair[1], None)
+    yy, xx = yy - 101, xx - 61
+    pair[0].image += (2e4 / (2 * np.pi * 1.7**2) * np.exp(-(xx**2 + yy**2) / (2 * 1.7**2))).astype(np.float32)
+    made = produce(pair[0], None, pair[1], None)
+    if made.dia_objects:
+        # history as a database gives it: its encoding is compiled too
+        import pyarrow as pa
+
+        rows = {"DiaObject": made.dia_objects, "DiaSource": made.dia_sources, "DiaForcedSource": made.forced}
+        history = {name: pa.Table.from_pylist(listed) for name, listed in rows.items()}
+        produce(pair[0], None, pair[1], None, history=history)
 
 
 def produce(
