@@ -159,7 +159,7 @@ def prepared(root: Path):
         calibrations.save(preparation.calibration_path(site, CAMERA, detector.name, "r"))
         pixels[detector.name] = render(CAMERA, detector, request(obs_id(GOOD), NIGHT + 60), sky, 1)
         earlier = request("XC_O_20261010_000001", NIGHT - 38 * 86164.0905)
-        raw = preparation._raw(site, CAMERA, detector.name, earlier, sky)
+        raw = preparation.take_frame(site, CAMERA, detector.name, earlier, sky)
         target = templates / "T" / f"r_{detector.name}.fits"
         save_exposure(
             calibrate(assemble_and_correct(raw, calibrations), reference, instrument=CAMERA), target
