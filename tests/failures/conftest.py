@@ -127,7 +127,7 @@ class Running:
             raise AssertionError("\n".join(problems)) from None
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def _site() -> Iterator[Running]:
     """The site of all tests here; disks of its own where this process may mount them."""
     folder = Path(tempfile.mkdtemp(prefix="cumbre-failures-")) / "site"
