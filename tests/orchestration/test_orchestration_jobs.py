@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cumbre.core.errors import TransientError
 from cumbre.core.time import Clock
 from cumbre.orchestration.engine import DaskEngine, InlineEngine
 from cumbre.orchestration.jobs import JobStore
@@ -79,6 +80,35 @@ def test_transient_faults_are_tried_again_and_each_try_is_kept(inline, tmp_path)
     assert done.result.is_success
     assert done.attempts == 3
     assert [row["outcome"] for row in inline.store.attempts("flaky")] == ["Transient", "Transient", "Success"]
+
+
+@pytest.mark.parametrize("job", ["flaky", "add"])
+def test_what_ends_while_the_database_is_away_is_recorded_when_it_is_back(inline, tmp_path, monkeypatch, job):
+    """The engine tells an end once; it must not be lost between engine and table."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    payload = {"count": str(tmp_path / "n"), "good_at": 2} if job == "flaky" else {"a": 1, "b": 1}
+    inline.submit(_job("first", "add", {"a": 2, "b": 2}))
+    inline.submit(_job("second", job, payload, max_attempts=3))
+    real, calls = inline.store.record, []
+
+    def away(*args, **more):
+        calls.append(args[0])
+        if args[0] == "second" and calls.count("second") <= 2:
+            raise TransientError("the database is away")
+        return real(*args, **more)
+
+    monkeypatch.setattr(inline.store, "record", away)
+    finished, faults, end = [], 0, time.monotonic() + 20
+    while len(finished) < 2:
+        assert time.monotonic() < end, finished
+        try:
+            finished += inline.poll(0.05)
+        except TransientError:
+            faults += 1
+    assert faults >= 1
+    assert {item.job.id: item.result.is_success for item in finished} == {"first": True, "second": True}
+    assert inline.running == 0
+    assert {inline.store.get(name)["state"] for name in ("first", "second")} == {"done"}
 
 
 def test_tries_end(inline, tmp_path):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from dataclasses import replace
 
+from cumbre.core.errors import TransientError
 from cumbre.core.time import Clock
 from cumbre.orchestration.engine import Completion, ComputeEngine
 from cumbre.orchestration.jobs import JobStore
@@ -33,6 +35,8 @@ class JobManager:
     def __init__(self, store: JobStore, engine: ComputeEngine, clock: Clock, *, owner: str) -> None:
         self.store, self.engine, self.clock, self.owner = store, engine, clock, owner
         self._running: dict[str, tuple[Job, int]] = {}
+        self._ends: deque[Completion] = deque()
+        self._is_waiting = False
         self._lease_s = LEASE_S * clock.rate
         self._renew_at = 0.0
         held = store.release(owner)
@@ -58,6 +62,7 @@ class JobManager:
     def start_waiting(self) -> int:
         """Take what waits in the table and hand it to the engine."""
         taken = self.store.take(self.owner, self.clock.now_tai_s(), self._lease_s)
+        self._is_waiting = False
         for job, attempt in taken:
             self._running[job.id] = (job, attempt)
             self.engine.submit(
@@ -74,8 +79,22 @@ class JobManager:
                 self.store.renew(self.owner, now + self._lease_s)
                 self.start_waiting()
             self._renew_at = now + self._lease_s / 4
-        finished = [self._ended(completion) for completion in self.engine.completed(timeout_s)]
-        return [item for item in finished if item is not None]
+        self._ends.extend(self.engine.completed(0.0 if self._ends else timeout_s))
+        finished: list[FinishedJob] = []
+        while self._ends:
+            try:
+                item = self._ended(self._ends[0])
+            except TransientError:
+                # The database is away. What the engine told is told once: it waits here, not in nobody's hands.
+                if finished:
+                    break
+                raise
+            self._ends.popleft()
+            if item is not None:
+                finished.append(item)
+        if self._is_waiting and not finished:
+            self.start_waiting()
+        return finished
 
     def _ended(self, completion: Completion) -> FinishedJob | None:
         job_id, _, attempt_text = completion.key.rpartition("#")
@@ -83,7 +102,6 @@ class JobManager:
         if known is None or known[1] != int(attempt_text):
             return None
         job, attempt = known
-        del self._running[job_id]
         result, now = completion.result, self.clock.now_tai_s()
         retry = result.may_retry and attempt < job.max_attempts
         if retry:
@@ -91,11 +109,13 @@ class JobManager:
                 "job %s try %d: %s: %s; trying again", job.id, attempt, result.outcome, result.message
             )
             self.store.record(job.id, result, attempt=attempt, state=JobState.QUEUED, now_tai=now)
-            self.start_waiting()
+            del self._running[job_id]
+            self._is_waiting = True
             return None
         is_failure = result.may_retry or result.outcome in (FAILED, LOST, "Fatal")
         state = JobState.FAILED if is_failure else JobState.DONE
         self.store.record(job.id, replace(result, may_retry=False), attempt=attempt, state=state, now_tai=now)
+        del self._running[job_id]
         return FinishedJob(job, result, attempt, state)
 
     def cancel(self, job_id: str) -> bool:

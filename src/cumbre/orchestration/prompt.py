@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -105,6 +106,7 @@ class PromptService:
         )
         self._subscription = bus.subscribe(TOPICS, start="now", consumer=self.name)
         self._pending: list[Instruction] = []
+        self._finished: deque[FinishedJob] = deque()
         self._uncommitted = False
         self._leader = Follower(site, bus, "AlertProductionCluster")
         self._declined: dict[str, float] = {}
@@ -298,10 +300,13 @@ class PromptService:
     # -- results --
 
     def _tell(self) -> int:
-        finished = self.manager.poll(0.0)
-        for item in finished:
-            self._report(item)
-        return len(finished)
+        self._finished.extend(self.manager.poll(0.0))
+        told = 0
+        while self._finished:
+            self._report(self._finished[0])  # raises while the database is away: told at the next step then
+            self._finished.popleft()
+            told += 1
+        return told
 
     def _report(self, finished: FinishedJob) -> None:
         """Publish a result, then mark it told: dying between tells it twice, which the readers bear."""
