@@ -35,7 +35,7 @@ class Observatory(_Model):
 class Place(_Model):
     """One data centre of the observatory."""
 
-    raw: Annotated[str, Field(description="Raw cache: folder or s3:// URL.")]
+    raw: Annotated[str, Field(description="Raw cache: a folder.")]
     tape: Annotated[
         str | None,
         Field(
