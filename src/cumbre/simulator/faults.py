@@ -270,8 +270,9 @@ class FaultInjector:
         return f"{step:+.0f} s of night time"
 
     def _clock_back(self, fault: Fault) -> None:
-        clock, before = self._stepped.pop(fault)
-        clock.save(self.site.clock_path)
+        clock, before = self._stepped[fault]
+        clock.save(self.site.clock_path)  # may fail while the site's disk is full: then this is done again
+        del self._stepped[fault]
         for name, pid in self._pids().items():
             if name not in ("postgres", "supervisor") and pid not in before:
                 with contextlib.suppress(ProcessLookupError):
