@@ -181,9 +181,17 @@ class Intake:
             except BlockingIOError:
                 stream.close()
                 return None
-            if os.fstat(stream.fileno()).st_nlink:
-                return stream  # type: ignore[return-value]
-            stream.close()  # it was finished and removed between the two calls
+            ours = os.fstat(stream.fileno())
+            try:
+                named = path.stat()
+            except FileNotFoundError:
+                named = None
+            if named is not None and named.st_ino == ours.st_ino:
+                if ours.st_nlink == 1:
+                    return stream  # type: ignore[return-value]
+                path.unlink()  # killed between giving the file its name and this: never write to what is in the cache
+            # Finished between the two calls: what we hold is the file in the cache now, and must not be written to.
+            stream.close()
         return None
 
     def _take_in(
