@@ -14,7 +14,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,24 +23,20 @@ import yaml
 
 from cumbre.core.configuration import SITE_FILE, Site, parse_site
 from cumbre.core.errors import CumbreError, UserError
-from cumbre.core.instrument import load_instrument
-from cumbre.core.time import isot
 from cumbre.simulator.faults import (
-    CACHES,
     STORES,
-    WHOLE_SITE,
-    Fault,
     FaultInjector,
-    Skipped,
     can_mount,
     mount_disk,
     mounted_below,
     settle_disks,
 )
 from cumbre.site import night as nights
+from cumbre.site.chaos_causing import Causing, Journal
+from cumbre.site.chaos_plan import Targets, make_plan
 from cumbre.site.profiles import create_site
 from cumbre.site.proof import Piece, Proof, outstanding, prove, taken_images
-from cumbre.site.roles import roles_of, site_database
+from cumbre.site.roles import site_database
 from cumbre.site.supervisor import postgres_pid, read_state, start_detached, stop_site
 from cumbre.stores.files import write_atomic
 
@@ -51,7 +47,6 @@ Say = Callable[[str], None]
 FOLDER = "chaos"
 JOURNAL = "faults.jsonl"
 INSTRUMENT_FILE = "chaoscam.yaml"
-MEAN_GAP_S = 3.5
 LONGEST_NIGHT_S = 4.5 * 3600
 FASTEST_RATE = 12.0
 MANY_VISITS = 1_000_000
@@ -95,44 +90,6 @@ detectors:
   - {type: tiny, id: 4, name: R04_SW0, x_offset_mm: 3.0, y_offset_mm: 0.0, purpose: WAVEFRONT}
 """
 
-DECK = (
-    ("kill_service", 8), ("hang_service", 3), ("kill_worker", 1), ("kill_database", 1), ("hang_database", 1),
-    ("kill_supervisor", 1), ("link_down", 2), ("link_slow", 1), ("link_flapping", 1), ("link_corrupt", 2),
-    ("disk_full", 2), ("rotten_file", 2), ("tape_away", 1), ("clock_step", 1), ("sensor_silent", 1),
-    ("sensor_garbage", 1), ("bus_locked", 1),
-)  # fmt: skip
-"""How often each kind comes in a full deck."""
-LASTS_S: dict[str, tuple[float, float]] = {
-    "hang_service": (1.0, 8.0), "hang_database": (1.0, 5.0), "link_down": (3.0, 15.0), "link_slow": (5.0, 15.0),
-    "link_flapping": (5.0, 12.0), "link_corrupt": (5.0, 12.0), "disk_full": (2.0, 8.0), "tape_away": (3.0, 10.0),
-    "clock_step": (5.0, 15.0), "sensor_silent": (4.0, 15.0), "sensor_garbage": (4.0, 15.0),
-    "bus_locked": (1.0, 6.0),
-}  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Targets:
-    """What faults can be aimed at in one site."""
-
-    roles: list[str]
-    links: list[str]
-    disks: list[str]
-    tapes: list[str]
-    sensors: list[str]
-
-    @classmethod
-    def of(cls, site: Site) -> Targets:
-        """Everything that a site has; roles come and go with its configuration."""
-        places = site.config.places
-        instrument = load_instrument(site.config.instruments[0])
-        return cls(
-            roles=roles_of(site),
-            links=[f"{link.source}-{link.target}" for link in site.config.links],
-            disks=[WHOLE_SITE, *STORES] if can_mount() else [],
-            tapes=[place.tape for place in places.values() if place.tape],
-            sensors=[detector.name for detector in instrument.detectors],
-        )
-
 
 @dataclass(slots=True)
 class Outcome:
@@ -166,78 +123,6 @@ class Outcome:
             "wall_s": round(self.wall_s, 1),
             "journal": self.journal,
         }
-
-
-def make_plan(seed: int, seconds: float, targets: Targets) -> list[Fault]:
-    """Faults of a run, by time: a function of the arguments only.
-
-    Every kind that has a target comes before any comes twice as often as the deck says.
-    """
-    chance = random.Random(f"chaos {seed}")
-    deck = _deck(chance, targets)
-    roles = _endless(chance, targets.roles)
-    plan, now = [], 2.0
-    while now < seconds:
-        kind = next(deck)
-        low, high = LASTS_S.get(kind, (0.0, 0.0))
-        lasts = min(chance.uniform(low, high), max(seconds - now, 0.5)) if high else 0.0
-        target, details = _aim(chance, kind, targets, roles)
-        plan.append(Fault(round(now, 2), kind, target, round(lasts, 2), details))
-        now += chance.expovariate(1.0 / MEAN_GAP_S)
-    return plan
-
-
-def _deck(chance: random.Random, targets: Targets) -> Iterator[str]:
-    absent = {"link_" * (not targets.links), "disk_" * (not targets.disks), "tape_" * (not targets.tapes)} - {
-        ""
-    }
-    cards = [kind for kind, count in DECK for _ in range(count) if not kind.startswith(tuple(absent) or "-")]
-    if "prompt" not in targets.roles:
-        cards = [kind for kind in cards if kind != "kill_worker"]
-    while True:
-        yield from chance.sample(cards, len(cards))
-
-
-def _endless(chance: random.Random, items: list[str]) -> Iterator[str]:
-    while True:
-        yield from chance.sample(items, len(items))
-
-
-def _aim(
-    chance: random.Random, kind: str, targets: Targets, roles: Iterator[str]
-) -> tuple[str, dict[str, float]]:
-    """Target and details of one fault."""
-    match kind:
-        case "kill_service" | "hang_service":
-            return next(roles), {}
-        case "kill_worker":
-            return "prompt", {}
-        case "kill_database" | "hang_database":
-            return "postgres", {}
-        case "kill_supervisor":
-            return "supervisor", {}
-        case "clock_step":
-            return next(roles), {"step_s": round(chance.choice((-1, 1)) * chance.uniform(2.0, 300.0), 1)}
-        case "disk_full":
-            return chance.choice(targets.disks), {}
-        case "rotten_file":
-            return chance.choice(CACHES), {}
-        case "tape_away":
-            return chance.choice(targets.tapes), {}
-        case "sensor_silent" | "sensor_garbage":
-            return chance.choice(targets.sensors), {}
-        case "bus_locked":
-            return "bus", {}
-    link = chance.choice(targets.links)
-    return link, {
-        "link_down": {},
-        "link_slow": {
-            "bandwidth_mbit_s": round(chance.uniform(0.003, 0.05), 4),
-            "latency_ms": round(chance.uniform(200.0, 4000.0)),
-        },
-        "link_flapping": {"period_s": round(chance.uniform(0.2, 1.5), 2)},
-        "link_corrupt": {"part": round(chance.uniform(0.02, 0.4), 3)},
-    }[kind]
 
 
 # the site
@@ -329,29 +214,6 @@ class _Keeper(threading.Thread):
             self.join(timeout=90.0)
 
 
-class _Journal:
-    """Lines of what was done, written beside the site's data and shown to the operator."""
-
-    def __init__(self, path: Path, say: Say, begun: float) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self._say, self._begun = path, say, begun
-        self._unwritten: list[str] = []
-
-    def write(self, event: str, fault: Fault, message: str = "") -> None:
-        at = time.monotonic() - self._begun
-        entry = {"t_s": round(at, 2), "utc": isot(time.time()), "event": event, **fault.public()}
-        self._unwritten.append(json.dumps(entry | ({"message": message} if message else {})) + "\n")
-        self._say(f"{event}: {fault}" + (f": {message}" if message else ""))
-        self.flush()
-
-    def flush(self) -> None:
-        """The journal may lie on the disk that is full: its lines wait."""
-        with contextlib.suppress(OSError):
-            with self.path.open("a") as stream:
-                stream.writelines(self._unwritten)
-            self._unwritten.clear()
-
-
 class _Watcher(threading.Thread):
     """Asks the ledger again and again what is owed; a database that hangs holds up nothing but this thread.
 
@@ -440,11 +302,6 @@ class Chaos:
         self.site, self.seed, self.seconds, self._say = site, seed, seconds, say
         self.targets = Targets.of(site)
         self.plan = make_plan(seed, seconds, self.targets)
-        self.faults: Counter[str] = Counter()
-        self.skipped: Counter[str] = Counter()
-        self._injector = FaultInjector(
-            site, pids=lambda: site_pids(site), chance=random.Random(f"bytes {seed}")
-        )
         self._watcher = _Watcher(site)
 
     def run(self) -> Outcome:
@@ -456,7 +313,11 @@ class Chaos:
         if not was_up:
             start_detached(self.site)
         keeper = _Keeper(self.site)
-        journal = _Journal(self.site.root / FOLDER / JOURNAL, self._say, time.monotonic())
+        injector = FaultInjector(
+            self.site, pids=lambda: site_pids(self.site), chance=random.Random(f"bytes {self.seed}")
+        )
+        journal = Journal(self.site.root / FOLDER / JOURNAL, self._say)
+        causing = Causing(injector, journal, self._watcher.fault_ended)
         try:
             nights.wait_ready(self.site, wait_s=READY_S, without=SLOW_TO_START)
             self._say(
@@ -465,78 +326,18 @@ class Chaos:
             nights.begin(self.site, MANY_VISITS)
             keeper.start()
             self._watcher.start()
-            self._cause(journal)
+            causing.run(self.plan, self.seconds)
             self._stop_observing()
             proof, caught_up = self._settle()
-            journal.flush()
         finally:
             self._watcher.end()
             keeper.end()
             if not was_up:
                 stop_site(self.site, wait_s=STOP_S)
         return Outcome(
-            proof, self.faults, self.skipped, self._watcher.worst_s, caught_up, time.monotonic() - begun,
+            proof, causing.faults, causing.skipped, self._watcher.worst_s, caught_up, time.monotonic() - begun,
             self._watcher.restarts, self.seed, str(journal.path),
         )  # fmt: skip
-
-    def _cause(self, journal: _Journal) -> None:
-        """Begin and end faults until the time is over; all are ended when this returns, whatever happens."""
-        begun = time.monotonic()
-        pending, active = list(self.plan), list[tuple[Fault, float]]()
-        next_flush = begun
-        try:
-            while (now := time.monotonic()) - begun < self.seconds or active:
-                for fault, since in list(active):
-                    self._injector.tick(fault, now - since)
-                    if now - since >= fault.lasts_s:
-                        active.remove((fault, since))
-                        self._end(fault, journal)
-                while pending and pending[0].at_s <= now - begun:
-                    fault = pending.pop(0)
-                    if any(fault.kind.split("_")[0] == other.kind.split("_")[0] and fault.target == other.target
-                           for other, _ in active):  # fmt: skip
-                        self.skipped[fault.kind] += 1
-                        continue
-                    if self._begin(fault, journal) and fault.lasts_s:
-                        active.append((fault, time.monotonic()))
-                if now >= next_flush:
-                    next_flush = now + POLL_S
-                    journal.flush()
-                time.sleep(0.05)
-        finally:
-            for fault, _ in active:
-                self._end(fault, journal)
-
-    def _begin(self, fault: Fault, journal: _Journal) -> bool:
-        try:
-            message = self._injector.begin(fault)
-        except Skipped as reason:
-            self.skipped[fault.kind] += 1
-            journal.write("skipped", fault, str(reason))
-            return False
-        except OSError as error:
-            # Such as a full disk of the whole site: the fault itself could not be written down there.
-            self.skipped[fault.kind] += 1
-            journal.write("skipped", fault, str(error))
-            return False
-        self.faults[fault.kind] += 1
-        journal.write("begin", fault, message)
-        if not fault.lasts_s:
-            self._watcher.fault_ended()
-        return True
-
-    def _end(self, fault: Fault, journal: _Journal) -> None:
-        for attempt in range(20):
-            try:
-                self._injector.end(fault)
-                break
-            except OSError as error:
-                if attempt == 19:
-                    raise
-                log.info("%s does not end yet: %s", fault, error)
-                time.sleep(0.5)
-        self._watcher.fault_ended()
-        journal.write("end", fault)
 
     def _stop_observing(self) -> None:
         """Let what is announced or exposing end; nothing new begins."""
