@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from cumbre.core.configuration import Site
-from cumbre.simulator.faults import mounted_below
+from cumbre.core.time import Clock
+from cumbre.simulator.faults import Fault, FaultInjector, drop_disks, mounted_below
+from cumbre.site.chaos import chaos_site
+from cumbre.site.chaos_causing import Causing, Journal
 from cumbre.site.proof import prove, taken_images
 
 CUMBRE = Path(sys.executable).parent / "cumbre"
@@ -42,6 +46,32 @@ def test_a_short_run_loses_nothing_and_says_what_it_did(tmp_path):
     site = Site.load(root)
     assert len(taken_images(site)) == data["images_taken"]
     assert prove(site).ok
+
+
+def test_a_fault_that_cannot_end_before_another_waits_for_it(tmp_path):
+    """The clock cannot be written back while the disk is full, and the disk is emptied all the same."""
+    site = chaos_site(tmp_path / "site", 1, 1)
+    try:
+        if not site.root.is_mount():
+            pytest.skip("disks of their own need root")
+        before = Clock(1.8e9, 0.0, 4.0)
+        before.save(site.clock_path)
+        over = []
+        journal = Journal(site.root / "chaos/faults.jsonl", lambda text: None)
+        injector = FaultInjector(site, pids=dict, chance=random.Random(1))
+        causing = Causing(injector, journal, lambda: over.append(1))
+        plan = [
+            Fault(0.0, "clock_step", "camera", 0.3, {"step_s": 50.0}),
+            Fault(0.1, "disk_full", "site", 1.0),
+        ]
+        causing.run(plan, 1.0)
+        assert len(over) == 2
+        assert Clock.load(site.clock_path) == before
+        told = [json.loads(line) for line in journal.path.read_text().splitlines()]
+        ends = [entry["kind"] for entry in told if entry["event"] == "end"]
+        assert ends == ["disk_full", "clock_step"]
+    finally:
+        drop_disks(tmp_path / "site")
 
 
 def test_the_plan_can_be_seen_before(tmp_path):

@@ -21,7 +21,8 @@ from cumbre.ledger import Ledger
 from cumbre.ledger.schema import prepare
 from cumbre.simulator.chip import raw_shape
 from cumbre.simulator.faults import KINDS, flip_bit
-from cumbre.site.chaos import DECK, Targets, chaos_site, make_plan
+from cumbre.site.chaos import chaos_site
+from cumbre.site.chaos_plan import DECK, Targets, make_plan
 from cumbre.site.proof import outstanding, prove, unfinished_exposures
 from cumbre.stores.files import sha256_of
 

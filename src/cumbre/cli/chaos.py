@@ -34,6 +34,7 @@ def chaos(minutes: float, seed: int, folder: Path | None, plan: bool, as_json: b
       cumbre chaos --minutes 600 --seed 1 --site /data/chaos
     """
     from cumbre.site import chaos as runs
+    from cumbre.site import chaos_plan
     from cumbre.site import night as nights
     from cumbre.site.supervisor import stop_site
 
@@ -48,7 +49,7 @@ def chaos(minutes: float, seed: int, folder: Path | None, plan: bool, as_json: b
     if plan:
         with tempfile.TemporaryDirectory() as scratch:
             site = runs.chaos_site(Path(scratch) if made else root, seed, minutes, small_disks=False)
-            for fault in runs.make_plan(seed, minutes * 60, runs.Targets.of(site)):
+            for fault in chaos_plan.make_plan(seed, minutes * 60, chaos_plan.Targets.of(site)):
                 click.echo(json.dumps(fault.public()))
         return
     if folder is None:
