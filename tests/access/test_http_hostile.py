@@ -9,27 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from support.archive_world import NEW, OLD, World, serve
-from support.pg import fresh_database
+from support.archive_world import NEW, OLD
 
-
-@pytest.fixture(scope="module")
-def world(postgres_dsn, tmp_path_factory):
-    with (
-        fresh_database(postgres_dsn) as database,
-        serve(
-            database, tmp_path_factory.mktemp("hostile") / "site", anonymous_per_minute=10**6, sync_s=5.0
-        ) as made,
-    ):
-        yield made
-
-
-@pytest.fixture(scope="module")
-def client(world: World):
-    with httpx.Client(base_url=world.url, timeout=30) as client:
-        yield client
-
-
+ACCESS = {"anonymous_per_minute": 10**6, "sync_s": 5.0}
 NAMES = [
     "QUERY", "LANG", "REQUEST", "RESPONSEFORMAT", "FORMAT", "MAXREC", "UPLOAD", "RUNID", "PHASE", "WAIT", "LAST", "AFTER", "RA",
     "DEC", "SR", "VERB", "POS", "CIRCLE", "POLYGON", "BAND", "TIME", "POL", "FOV", "ID", "CALIB", "TARGET", "DETAIL", "ACTION",

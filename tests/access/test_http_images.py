@@ -31,9 +31,7 @@ from support.archive_world import (
     World,
     grid,
     pixel_value,
-    serve,
 )  # fmt: skip
-from support.pg import fresh_database
 
 # pyvo leaves the connection of a result open that it did not read to the end
 pytestmark = pytest.mark.filterwarnings(
@@ -42,21 +40,6 @@ pytestmark = pytest.mark.filterwarnings(
 CAMERA = load_instrument("democam")
 PIXEL_DEG = 0.6 / 3600
 VO = "{http://www.ivoa.net/xml/VOTable/v1.3}"
-
-
-@pytest.fixture(scope="module")
-def world(postgres_dsn, tmp_path_factory):
-    with (
-        fresh_database(postgres_dsn) as database,
-        serve(database, tmp_path_factory.mktemp("img") / "site") as made,
-    ):
-        yield made
-
-
-@pytest.fixture
-def client(world: World):
-    with httpx.Client(base_url=world.url, timeout=30) as client:
-        yield client
 
 
 @pytest.fixture

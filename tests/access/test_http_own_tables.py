@@ -12,8 +12,7 @@ import pytest
 import pyvo
 import requests
 
-from support.archive_world import DEC, RA, World, serve
-from support.pg import fresh_database
+from support.archive_world import DEC, RA, World
 
 VOSI = b"""<?xml version="1.0"?>
 <vosi:table xmlns:vosi="http://www.ivoa.net/xml/VOSITables/v1.0" xmlns:vs="http://www.ivoa.net/xml/VODataService/v1.1"
@@ -26,15 +25,6 @@ VOSI = b"""<?xml version="1.0"?>
  <dataType xsi:type="vs:VOTableType">double</dataType></column>
 </vosi:table>"""
 TSV = f"name\tra\tdec\nnear\t{RA}\t{DEC}\nfar\t{RA + 90}\t{-DEC}\n".encode()
-
-
-@pytest.fixture(scope="module")
-def world(postgres_dsn, tmp_path_factory):
-    with (
-        fresh_database(postgres_dsn) as database,
-        serve(database, tmp_path_factory.mktemp("own") / "site") as made,
-    ):
-        yield made
 
 
 def session_of(world: World, user: str, *groups: str, scopes=("read:tap", "write:table")):

@@ -14,23 +14,7 @@ import requests
 from astropy.io.votable import parse_single_table
 
 from cumbre.core.geometry import separation_deg
-from support.archive_world import CURVE_POINTS, DEC, RA, STEP_DEG, World, grid, serve
-from support.pg import fresh_database
-
-
-@pytest.fixture(scope="module")
-def world(postgres_dsn, tmp_path_factory):
-    with (
-        fresh_database(postgres_dsn) as database,
-        serve(database, tmp_path_factory.mktemp("tap") / "site") as made,
-    ):
-        yield made
-
-
-@pytest.fixture
-def client(world: World):
-    with httpx.Client(base_url=world.url, timeout=30) as client:
-        yield client
+from support.archive_world import CURVE_POINTS, DEC, RA, STEP_DEG, World, grid
 
 
 @pytest.fixture

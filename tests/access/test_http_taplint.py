@@ -8,9 +8,6 @@ import subprocess
 
 import pytest
 
-from support.archive_world import serve
-from support.pg import fresh_database
-
 STAGES = {
     "TMV", "TME", "TMS", "TMC", "CPV", "CAP", "AVV", "QGE", "QPO", "QAS", "UWS", "MDQ", "OBS", "LOC", "UPL", "EXA",
 }  # fmt: skip
@@ -21,21 +18,17 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def world(postgres_dsn, tmp_path_factory):
-    with (
-        fresh_database(postgres_dsn) as database,
-        serve(database, tmp_path_factory.mktemp("lint") / "site") as made,
-    ):
-        database.execute(
-            "INSERT INTO access.plan (group_id, announced_tai, start_tai, duration_s, exposures, instrument, survey,"
-            " filter, ra, \"dec\", rotation, region, fov_deg, em_min, em_max) VALUES ('later', 1.79e9, 1.79e9, 30, 1,"
-            " 'DemoCam', 'T1', 'r_demo', 53, -27, 0, '{53,-27,53,-26,52,-26}', 1, 5.5e-7, 7e-7)"
-        )
-        yield made
+def world_with_a_plan(world):
+    world.database.execute(
+        "INSERT INTO access.plan (group_id, announced_tai, start_tai, duration_s, exposures, instrument, survey,"
+        " filter, ra, \"dec\", rotation, region, fov_deg, em_min, em_max) VALUES ('later', 1.79e9, 1.79e9, 30, 1,"
+        " 'DemoCam', 'T1', 'r_demo', 53, -27, 0, '{53,-27,53,-26,52,-26}', 1, 5.5e-7, 7e-7)"
+    )
+    return world
 
 
-def test_taplint_has_nothing_to_complain_of(world):
-    command = ["stilts", "taplint", f"tapurl={world.url}/tap", "report=EF", "format=json"]
+def test_taplint_has_nothing_to_complain_of(world_with_a_plan):
+    command = ["stilts", "taplint", f"tapurl={world_with_a_plan.url}/tap", "report=EF", "format=json"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     report = json.loads(result.stdout)
     found = [

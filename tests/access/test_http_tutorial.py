@@ -7,21 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from support.archive_world import CURVE_POINTS, serve
-from support.pg import fresh_database
+from support.archive_world import CURVE_POINTS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "tutorials" / "query-the-archive.md"
-
-
-@pytest.fixture(scope="module")
-def world(postgres_dsn, tmp_path_factory):
-    with (
-        fresh_database(postgres_dsn) as database,
-        serve(database, tmp_path_factory.mktemp("tut") / "site") as made,
-    ):
-        yield made
 
 
 def test_the_script_plots_a_light_curve(world, tmp_path):

@@ -9,15 +9,12 @@ import time
 from datetime import UTC, datetime, timedelta
 from xml.etree import ElementTree
 
-import httpx
 import pytest
 import pyvo
 import requests
 
 from cumbre.access.identity import Principal
 from cumbre.access.uws import JobStore, worker_name
-from support.archive_world import World, serve
-from support.pg import fresh_database
 
 # pyvo leaves the connection of a result open that it did not read to the end
 pytestmark = pytest.mark.filterwarnings(
@@ -30,21 +27,6 @@ LONG = (
     "SELECT COUNT(*) AS n FROM level1.DiaObject AS a, level1.DiaObject AS b, level1.DiaObject AS c,"
     " level1.DiaObject AS d WHERE a.ra + b.ra + c.ra + d.ra < 0"
 )
-
-
-@pytest.fixture(scope="module")
-def world(postgres_dsn, tmp_path_factory):
-    with (
-        fresh_database(postgres_dsn) as database,
-        serve(database, tmp_path_factory.mktemp("uws") / "site") as made,
-    ):
-        yield made
-
-
-@pytest.fixture
-def client(world: World):
-    with httpx.Client(base_url=world.url, timeout=30) as client:
-        yield client
 
 
 def make(client, query=QUICK, **more):
