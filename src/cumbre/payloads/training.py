@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cumbre.payloads.realbogus import N_INPUTS, symmetries
+from cumbre.stores.files import write_atomic
 
 Floats = NDArray[np.float64]
 HIDDEN = (64, 32)
@@ -212,9 +213,7 @@ def export(network: Network, path: Path, about: dict[str, Any]) -> None:
         (path, model.SerializeToString(deterministic=True)),
         (path.with_suffix(".json"), (json.dumps({"inputs": N_INPUTS, **about}, indent=1) + "\n").encode()),
     ):
-        temporary = target.with_name(f".{target.name}.tmp")
-        temporary.write_bytes(content)
-        temporary.replace(target)
+        write_atomic(target, content)
 
 
 def curves(examples: Examples, scores: Floats) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from cumbre.core.time import SECONDS_PER_DAY
 from cumbre.simulator import lightcurves, orbits
 from cumbre.simulator.ephemeris import observer_km
 from cumbre.simulator.randomness import generator
+from cumbre.stores.files import publish, temporary_name, write_atomic
 
 Table = dict[str, NDArray[Any]]
 FIRST_ID = {
@@ -276,21 +277,15 @@ def make_catalogue(
 
 def write_table(table: Table, path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a table as parquet, atomically."""
-    import os
-
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     arrow = pa.table({key: pa.array(value) for key, value in table.items()})
     if metadata:
         arrow = arrow.replace_schema_metadata(metadata)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as stream:
-        pq.write_table(arrow, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    with temporary_name(path) as temporary:
+        pq.write_table(arrow, temporary)
+        publish(temporary, path)
 
 
 def read_table(path: Path) -> Table:
@@ -328,9 +323,7 @@ def write_catalogue(
         "observatory": observatory.model_dump(),
         "tiles": [asdict(tile) for tile in tiles],
     }
-    temporary = folder / ".sky.json.tmp"
-    temporary.write_text(json.dumps(about, indent=2))
-    temporary.replace(folder / "sky.json")
+    write_atomic(folder / "sky.json", json.dumps(about, indent=2).encode())
 
 
 def read_about(folder: Path) -> dict[str, Any]:

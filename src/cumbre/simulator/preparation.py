@@ -28,6 +28,7 @@ from cumbre.simulator.refcat import write_reference_catalogue
 from cumbre.simulator.render import LAMP_E_S, render
 from cumbre.simulator.sky import TEMPLATES_FILE, Sky
 from cumbre.simulator.tiles import choose_tiles
+from cumbre.stores.files import write_atomic
 
 SKY_FOLDER = "simulator"
 REFCAT_FILE = "refcat/refcat.parquet"
@@ -138,10 +139,7 @@ def record_templates(
         rows.append({"tile": tile, "band": band, "mid_tai": request.mid_tai, "obs_id": request.obs_id})
         times.setdefault((tile, band), []).append(request.mid_tai)
     sky.template_tai = times
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{TEMPLATES_FILE}.tmp"
-    temporary.write_text(json.dumps(rows, indent=1))
-    temporary.replace(folder / TEMPLATES_FILE)
+    write_atomic(folder / TEMPLATES_FILE, json.dumps(rows, indent=1).encode())
 
 
 class Frame(NamedTuple):

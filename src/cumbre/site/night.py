@@ -24,9 +24,11 @@ from cumbre.core.configuration import Site
 from cumbre.core.errors import CumbreError, DeadlineError, UserError
 from cumbre.core.instrument import load_instrument
 from cumbre.core.time import Clock, parse_isot, tai_from_utc
+from cumbre.simulator.network import control_link
 from cumbre.site.roles import open_site_bus, open_site_clock, roles_of, site_database
 from cumbre.site.runner import ENABLED
 from cumbre.site.supervisor import read_state
+from cumbre.stores.files import write_atomic
 
 if TYPE_CHECKING:
     from cumbre.stores.postgres import Database
@@ -218,9 +220,8 @@ def begin(site: Site, visits: int) -> None:
     path = site.root / CONTROL_FILE
     (site.root / DONE_FILE).unlink(missing_ok=True)
     clock = open_site_clock(site)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"visits": visits, "state": "running", "start_tai": clock.now_tai_s()}))
-    temporary.replace(path)
+    order = {"visits": visits, "state": "running", "start_tai": clock.now_tai_s()}
+    write_atomic(path, json.dumps(order).encode())
 
 
 def is_over(site: Site) -> bool:
@@ -235,10 +236,7 @@ def is_over(site: Site) -> bool:
 def cause(site: Site, fault: Fault) -> str:
     """Make one fault happen; returns what was done."""
     if fault.kind == "down":
-        path = site.root / "run" / f"link-{fault.target}.json"
-        temporary = path.with_suffix(".night.tmp")
-        temporary.write_text(json.dumps({"down": True}))
-        temporary.replace(path)
+        control_link(site, *fault.target.split("-"), down=True)
         return f"link {fault.target} down for {OUTAGE_S:.0f} s"
     if fault.target == "worker":
         pid = _worker_pid(site)
@@ -265,13 +263,6 @@ def _worker_pid(site: Site) -> int | None:
         busy = [p for p in children if p.memory_info().rss > 80e6]
         return busy[-1].pid if busy else None
     return None
-
-
-def _restore(site: Site, target: str) -> None:
-    path = site.root / "run" / f"link-{target}.json"
-    temporary = path.with_suffix(".night.tmp")
-    temporary.write_text(json.dumps({"down": False}))
-    temporary.replace(path)
 
 
 def daq_images(site: Site) -> list[str]:
@@ -334,7 +325,7 @@ def watch(site: Site, visits: int, faults: list[Fault], show: Progress, *, earli
                 outages.append((now + OUTAGE_S, fault.target))
         for item in [o for o in outages if o[0] <= now]:
             outages.remove(item)
-            _restore(site, item[1])
+            control_link(site, *item[1].split("-"))
         show(state)
         seen = (state.taken, tuple(sorted(state.hops.items())), state.alerts)
         if seen != last:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from cumbre.core.configuration import Site
 from cumbre.core.instrument import Instrument, load_instrument
 from cumbre.simulator.exposure import ExposureRequest
+from cumbre.stores.files import write_atomic
 
 if TYPE_CHECKING:
     from cumbre.payloads.raw import RawDetector
@@ -76,9 +77,7 @@ def prepare(site: Site, say: Say) -> None:
 
 
 def _write_json(path: Path, data: Any) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(data, indent=1))
-    temporary.replace(path)
+    write_atomic(path, json.dumps(data, indent=1).encode())
 
 
 def tasks(site: Site, instrument: Instrument, sky: Sky) -> Iterable[Task]:
@@ -162,7 +161,7 @@ def take_frame(
     from cumbre.core.ids import ObsId, image_key
     from cumbre.payloads.raw import read_raw
     from cumbre.simulator.render import render
-    from cumbre.stores.files import sha256_of_bytes, write_atomic
+    from cumbre.stores.files import sha256_of_bytes
 
     detector = instrument.detector(detector_name)
     assert site.config.simulator is not None

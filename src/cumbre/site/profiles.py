@@ -8,6 +8,7 @@ from cumbre.archive.certificates import make_certificates
 from cumbre.core.configuration import SITE_FILE, Site, parse_site
 from cumbre.core.errors import ConflictError
 from cumbre.core.instrument import load_instrument
+from cumbre.stores.files import write_atomic
 
 ONE_MACHINE = """\
 # A whole observatory on one machine. Every key: docs/reference/configuration.md
@@ -100,7 +101,5 @@ def create_site(
     for folder in ("run", "logs", "bus", "report"):
         (root / folder).mkdir(exist_ok=True)
     make_certificates(root / "certificates", config.observatory.name, config.places)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    write_atomic(path, text.encode())
     return Site(root, config)

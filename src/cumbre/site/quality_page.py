@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cumbre.stores.files import write_atomic
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -53,7 +55,6 @@ def shown(value: float | None, *, is_part: bool = False) -> str:
 
 def write(folder: Path, data: dict[str, Any]) -> dict[str, str]:
     """Write every file of the report; name → path."""
-    folder.mkdir(parents=True, exist_ok=True)
     plots = {"snr": _by_snr(data), "magnitude": _by_magnitude(data), "classes": _by_class(data)}
     files: dict[str, bytes] = {"quality.json": json.dumps(data, indent=1, allow_nan=False).encode()}
     for name, figure in plots.items():
@@ -62,9 +63,7 @@ def write(folder: Path, data: dict[str, Any]) -> dict[str, str]:
     pictures = {name: files[f"quality_{name}.png"] for name in plots}
     files["quality.html"] = page(data, pictures).encode()
     for name, content in files.items():
-        temporary = folder / f".{name}.tmp"
-        temporary.write_bytes(content)
-        temporary.replace(folder / name)
+        write_atomic(folder / name, content)
     return {name: str(folder / name) for name in files}
 
 

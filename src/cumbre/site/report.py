@@ -20,6 +20,7 @@ from cumbre.core.time import isot, utc_from_tai
 from cumbre.site.night import daq_images
 from cumbre.site.roles import site_database
 from cumbre.site.truth import Score, injected, score
+from cumbre.stores.files import write_atomic
 from cumbre.web.views import HOPS
 
 if TYPE_CHECKING:
@@ -52,16 +53,9 @@ def write_report(site: Site, *, faults: list[str], started_mono: float) -> Repor
     pictures = report_page.pictures(site, db, data)
     data["wall_s"] = round(time.monotonic() - started_mono, 1)
     folder = site.root / "report"
-    folder.mkdir(exist_ok=True)
-    _write(folder / "night.json", json.dumps(data, default=str, indent=1))
-    _write(folder / "night.html", report_page.page(site, data, pictures))
+    write_atomic(folder / "night.json", json.dumps(data, default=str, indent=1).encode())
+    write_atomic(folder / "night.html", report_page.page(site, data, pictures).encode())
     return Report(folder / "night.html", data, summary_lines(data))
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def collect(site: Site, db: Database) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from cumbre.core.errors import ConflictError, CumbreError, DeadlineError
 from cumbre.site.roles import roles_of
 from cumbre.site.runner import PARENT_VARIABLE, configure_logging
 from cumbre.site.runner import main as run_role
+from cumbre.stores.files import write_atomic
 
 log = logging.getLogger("cumbre")
 
@@ -136,9 +137,7 @@ class Supervisor:
         if self._postgres is None:
             self._postgres = EmbeddedPostgres(self.site.root / "postgres")
         dsn = self._postgres.start()
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(dsn)
-        temporary.replace(path)
+        write_atomic(path, dsn.encode())
 
     def _spawn(self, child: Child) -> None:
         """Fork a service: what all of them import is loaded once here, so each starts in milliseconds.
@@ -203,7 +202,6 @@ class Supervisor:
     def save(self) -> None:
         """Write the state file."""
         path = self.site.root / STATE_FILE
-        temporary = path.with_suffix(".tmp")
         state: dict[str, Any] = {
             "pid": os.getpid(),
             "services": [child.public() for child in self.children],
@@ -212,8 +210,7 @@ class Supervisor:
             state["services"].append(
                 {"name": "postgres", "state": "running", "pid": postgres_pid(self.site), "restarts": 0}
             )
-        temporary.write_text(json.dumps(state))
-        temporary.replace(path)
+        write_atomic(path, json.dumps(state).encode())
 
     def run(self) -> None:
         """Run until SIGTERM or SIGINT, then stop everything in order."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from cumbre.core.configuration import Site
 from cumbre.core.errors import FatalError, TransientError
 from cumbre.core.time import Clock
+from cumbre.stores.files import write_atomic
 from cumbre.web import views
 
 if TYPE_CHECKING:
@@ -195,9 +196,7 @@ class WebService:
         actual = self._socket.getsockname()[1]
         for neighbour in self._mounted:
             neighbour.serve_at(f"http://{host}:{actual}")
-        temporary = site.root / "run" / "web.tmp"
-        temporary.write_text(f"http://{host}:{actual}/\n")
-        temporary.replace(site.root / "run" / "web.url")
+        write_atomic(site.root / "run" / "web.url", f"http://{host}:{actual}/\n".encode())
 
     def step(self, timeout_s: float) -> int:
         """See that the server's thread lives; the neighbours' upkeep."""
