@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cumbre.core.instrument import Detector, Instrument
-from cumbre.core.time import mjd_from_seconds, utc_from_tai
+from cumbre.core.time import MJD_UNIX_EPOCH, SECONDS_PER_DAY, mjd_from_seconds, utc_from_tai
 
 FloatArray = NDArray[np.float64]
 _INVERSION_STEPS = 12
@@ -223,12 +223,16 @@ def separation_deg(ra1: ArrayLike, dec1: ArrayLike, ra2: ArrayLike, dec2: ArrayL
     return np.asarray(np.rad2deg(np.arctan2(y, x)))
 
 
-def sidereal_deg(tai_s: float, longitude_deg: float) -> float:
+def sidereal_deg(tai_s: ArrayLike, longitude_deg: float) -> FloatArray:
     """Local mean sidereal time in degrees (Meeus 12.4, with UT1 = UTC: right to 0.004 degrees)."""
-    days = mjd_from_seconds(utc_from_tai(tai_s)) - MJD_J2000
+    times = np.asarray(tai_s, dtype=np.float64)
+    # The leap-second offset is constant over any one call of ours (a night): one look-up serves all.
+    first = float(times.flat[0]) if times.size else 0.0
+    utc = times + (utc_from_tai(first) - first)
+    days = utc / SECONDS_PER_DAY + MJD_UNIX_EPOCH - MJD_J2000
     centuries = days / 36525.0
     greenwich = 280.46061837 + 360.98564736629 * days + 0.000387933 * centuries**2
-    return (greenwich + longitude_deg) % 360.0
+    return np.asarray((greenwich + longitude_deg) % 360.0)
 
 
 def precess_from_j2000(tai_s: float, ra: ArrayLike, dec: ArrayLike) -> tuple[FloatArray, FloatArray]:
@@ -251,9 +255,15 @@ def horizontal_from_sky(
 
     Precession is applied; nutation, aberration and refraction are not: right to about 0.01 degrees.
     """
-    ra_date, dec_date = precess_from_j2000(tai_s, ra, dec)
-    hour = np.mod(sidereal_deg(tai_s, longitude_deg) - ra_date + 180.0, 360.0) - 180.0
-    h, d, p = np.deg2rad(hour), np.deg2rad(dec_date), np.deg2rad(latitude_deg)
+    return horizontal_of_date(tai_s, latitude_deg, longitude_deg, *precess_from_j2000(tai_s, ra, dec))
+
+
+def horizontal_of_date(
+    tai_s: ArrayLike, latitude_deg: float, longitude_deg: float, ra: ArrayLike, dec: ArrayLike
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Altitude, azimuth (east of north) and hour angle in degrees of positions of date; arguments broadcast."""
+    hour = np.mod(sidereal_deg(tai_s, longitude_deg) - np.asarray(ra, float) + 180.0, 360.0) - 180.0
+    h, d, p = np.deg2rad(hour), np.deg2rad(np.asarray(dec, float)), np.deg2rad(latitude_deg)
     east = -np.cos(d) * np.sin(h)
     north = np.sin(d) * np.cos(p) - np.cos(d) * np.sin(p) * np.cos(h)
     up = np.sin(d) * np.sin(p) + np.cos(d) * np.cos(p) * np.cos(h)
@@ -262,8 +272,8 @@ def horizontal_from_sky(
 
 
 def airmass(altitude_deg: ArrayLike) -> FloatArray:
-    """Relative air mass (Kasten and Young 1989) of altitudes above the horizon; infinite below it."""
+    """Relative air mass (Kasten and Young 1989) of altitudes from the horizon up; infinite below it."""
     h = np.asarray(altitude_deg, float)
     safe = np.maximum(h, 0.0)
     value = 1.0 / (np.sin(np.deg2rad(safe)) + 0.50572 * (safe + 6.07995) ** -1.6364)
-    return np.asarray(np.where(h > 0, value, np.inf))
+    return np.asarray(np.where(h < 0, np.inf, value))

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from cumbre.core.sun_moon import OBLIQUITY_J2000_DEG, TT_MINUS_TAI_S
 from cumbre.core.time import SECONDS_PER_DAY
-from cumbre.simulator.ephemeris import OBLIQUITY_J2000_DEG, TT_MINUS_TAI_S
 
 FloatArray = NDArray[np.float64]
 GAUSS_K = 0.01720209895
