@@ -19,6 +19,7 @@ from cumbre.core.errors import ConfigurationError, NotFoundError
 from cumbre.core.instrument import Instrument, load_instrument
 from cumbre.core.time import Clock
 from cumbre.observatory import script_queue as queue
+from cumbre.observatory.instruments import instrument_source
 from cumbre.observatory.script_queue import QUEUE_FILE, QueueState, Timing
 from cumbre.observatory.targets import (
     Limits,
@@ -41,8 +42,7 @@ log = logging.getLogger(__name__)
 
 def site_instrument(site: Site) -> Instrument:
     """Load the description of the site's first camera, shipped or in the site's folder."""
-    name = site.config.instruments[0]
-    return load_instrument(site.path(name) if name.endswith((".yaml", ".yml")) else name)
+    return load_instrument(instrument_source(site, site.config.instruments[0]))
 
 
 class ObservingService:

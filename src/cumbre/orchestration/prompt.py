@@ -19,9 +19,10 @@ from cumbre.bus import Bus, Message
 from cumbre.core.configuration import Site
 from cumbre.core.errors import UnprocessableDataError, UserError
 from cumbre.core.ids import ObsId
-from cumbre.core.instrument import Instrument, load_instrument
+from cumbre.core.instrument import Instrument
 from cumbre.core.time import Clock
 from cumbre.observatory.control.following import Follower
+from cumbre.observatory.instruments import site_instruments
 from cumbre.observatory.visits import AnnouncedVisit
 from cumbre.orchestration.engine import ComputeEngine, DaskEngine
 from cumbre.orchestration.jobs import JobStore
@@ -58,16 +59,6 @@ QUALITY_FIELDS = (
 log = logging.getLogger(__name__)
 
 
-def load_site_instruments(site: Site) -> dict[str, tuple[str, Instrument]]:
-    """Instrument name → (what :func:`load_instrument` takes, description)."""
-    found = {}
-    for name in site.config.instruments:
-        where = str(site.path(name)) if name.endswith((".yaml", ".yml")) else name
-        instrument = load_instrument(where)
-        found[instrument.name] = (where, instrument)
-    return found
-
-
 class PromptService:
     """Prompt processing of one site.
 
@@ -88,7 +79,7 @@ class PromptService:
     ) -> None:
         self.site, self.bus, self.clock, self.db = site, bus, clock, db
         self.settings = site.config.prompt
-        self._instruments = load_site_instruments(site)
+        self._instruments = site_instruments(site)
         self.engine = engine or DaskEngine(
             self.settings.cluster,
             n_workers=self.settings.workers,

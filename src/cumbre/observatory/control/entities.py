@@ -10,7 +10,7 @@ from typing import Any
 from cumbre.bus import Message, Subscription
 from cumbre.core.configuration import Site
 from cumbre.core.errors import ConfigurationError, UnprocessableDataError
-from cumbre.core.instrument import Instrument, load_instrument
+from cumbre.core.instrument import Instrument
 from cumbre.observatory.component.component import Component
 from cumbre.observatory.component.configuration import Configuration
 from cumbre.observatory.component.machine import State
@@ -19,6 +19,7 @@ from cumbre.observatory.control.jobs import PROCESS, REPLICATE, SUBMITTED, Job, 
 from cumbre.observatory.control.modes import Modes, settings_from_json
 from cumbre.observatory.control.pairs import CATCH_UP, FULL, LOCAL, PairTable
 from cumbre.observatory.control.software import wrong_installations
+from cumbre.observatory.instruments import site_instruments
 from cumbre.observatory.visits import AnnouncedVisit
 from cumbre.stores.postgres import Database
 
@@ -140,13 +141,12 @@ class Entity(Component):
         UnprocessableDataError
             The site has no such camera.
         """
-        for item in self.site.config.instruments:
-            where = str(self.site.path(item)) if item.endswith((".yaml", ".yml")) else item
-            if (instrument := load_instrument(where)).name == name:
-                return instrument
-        raise UnprocessableDataError(
-            f"instrument {name!r}: this site has {', '.join(self.site.config.instruments)}"
-        )
+        known = site_instruments(self.site)
+        if name not in known:
+            raise UnprocessableDataError(
+                f"instrument {name!r}: this site has {', '.join(self.site.config.instruments)}"
+            )
+        return known[name][1]
 
 
 class Archiver(Entity):

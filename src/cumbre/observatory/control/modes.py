@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -142,14 +143,6 @@ class Modes:
         return Configuration(name, version, settings.model_dump(), mode.wait_s, str(self._files()[name]))
 
 
-_KINDS: dict[str, type[_Model]] = {
-    "Archiver": ArchiverMode,
-    "CatchUpArchiver": CatchUpMode,
-    "EfdReplicator": EfdMode,
-    "AlertProductionCluster": ClusterMode,
-}
-
-
 def settings_from_json(entity: str, text: str) -> Any:
     """Parameters of an entity as stored with its state."""
-    return _KINDS[entity].model_validate_json(text)
+    return getattr(Entities.model_validate({entity: json.loads(text)}), entity)
