@@ -362,6 +362,22 @@ def parse_site(text: str, where: str) -> SiteConfig:
     ConfigurationError
         Names file, line or key, value, and what was expected.
     """
+    return parse_yaml(text, where, SiteConfig)
+
+
+def parse_yaml[M: BaseModel](text: str, where: str, model: type[M]) -> M:
+    """Validate YAML text against a model.
+
+    Parameters
+    ----------
+    where
+        Path for messages.
+
+    Raises
+    ------
+    ConfigurationError
+        Names file, line or key, value, and what was expected.
+    """
     try:
         data: Any = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -369,6 +385,6 @@ def parse_site(text: str, where: str) -> SiteConfig:
     if not isinstance(data, dict):
         raise ConfigurationError(f"{where}: expected a mapping of keys, found {type(data).__name__}")
     try:
-        return SiteConfig.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
         raise explain_validation(where, error) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import math
 from dataclasses import replace
 
@@ -338,14 +339,14 @@ class ExpressionBinder(GeometryBinder):
 
     # -- what the binder of queries adds --
 
+    @abc.abstractmethod
     def scalar_query(self, query: tree.Query, at: int) -> Value:
         """A query as a value."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def exists(self, query: tree.Query) -> Value:
         """EXISTS."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def in_query(self, query: tree.Query, at: int) -> tuple[str, Value]:
         """The query of IN and its column."""
-        raise NotImplementedError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from typing import ClassVar, override
 
 from cumbre.access.tables import Column
@@ -21,7 +22,7 @@ POLYGON_TEXT = "POLYGON ICRS "
 """How a stored polygon begins when it is published as text (STC-S)."""
 
 
-class Dialect:
+class Dialect(abc.ABC):
     """What both engines share; each method gives a piece of SQL that is whole in itself (parentheses, calls)."""
 
     name = ""
@@ -42,53 +43,53 @@ class Dialect:
         """To double."""
         return self.cast(sql, "double")
 
+    @abc.abstractmethod
     def number(self, value: float) -> str:
         """A double."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def string(self, text: str) -> str:
         """A string."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def divide(self, left: str, right: str, *, integer: bool) -> str:
         """NULL when divided by nothing; whole numbers give whole numbers."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def round(self, sql: str, digits: str | None) -> str:
         """Half away from zero."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def truncate(self, sql: str, digits: str | None) -> str:
         """Towards zero."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def mod(self, left: str, right: str, *, integer: bool) -> str:
         """Rest of a division, sign of the dividend; NULL when divided by nothing."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def median(self, sql: str) -> str:
         """Median of a group."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def like(self, value: str, pattern: str, *, ignore_case: bool) -> str:
         """Without an escape character."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def timestamp(self, sql: str) -> str:
         """Text to ISO 8601 with milliseconds."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def array(self, items: list[str]) -> str:
         """Array of doubles."""
-        raise NotImplementedError
 
     def item(self, array: str, index: int) -> str:
         """Element of an array, the first is 1; NULL beyond the end."""
         return f"({array})[{index}]"
 
+    @abc.abstractmethod
     def numbers_of_text(self, sql: str) -> str:
         """Array of doubles from text with blanks between."""
-        raise NotImplementedError
 
     def stored(self, alias: str, column: Column) -> str:
         """A stored column as its published type."""
@@ -98,13 +99,13 @@ class Dialect:
         """Numbers of a polygon that is published as text."""
         return self.numbers_of_text(f"substr({self.stored(alias, column)}, {len(POLYGON_TEXT) + 1})")
 
+    @abc.abstractmethod
     def healpix(self, order: str, lon: str, lat: str) -> str:
         """Nested HEALPix pixel of a position."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def region(self, name: str, arguments: list[str]) -> str:
         """One of the functions of regions: contains, intersects, area, centroid."""
-        raise NotImplementedError
 
     def logarithm(self, function: str, sql: str) -> str:
         """NULL where there is none."""

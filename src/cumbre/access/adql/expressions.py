@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from difflib import get_close_matches
 
 from cumbre.access.adql import tree
@@ -21,7 +22,7 @@ _HINTS = {
 }  # fmt: skip
 
 
-class ExpressionParser:
+class ExpressionParser(abc.ABC):
     """Values and conditions."""
 
     def __init__(self, text: str, tokens: list[Token]) -> None:
@@ -236,12 +237,12 @@ class ExpressionParser:
         self.expect_operator(")")
         return query
 
+    @abc.abstractmethod
     def query(self) -> tree.Query:
         """A query; the grammar of queries gives it."""
-        raise NotImplementedError
 
-    def _query_ahead(self) -> bool:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _query_ahead(self) -> bool: ...
 
     def _sum(self) -> tree.Expression:
         """Sums and concatenations, from left to right."""

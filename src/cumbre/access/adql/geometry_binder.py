@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -34,27 +35,27 @@ _SYSTEMS = ("", "ICRS", "FK5", "ICRS GEOCENTER", "ICRS BARYCENTER", "J2000", "UN
 _FLIPPED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "=": "=", "<>": "<>"}
 
 
-class GeometryBinder:
+class GeometryBinder(abc.ABC):
     """The geometric half of the binder."""
 
     dialect: Dialect
     scope: Scope
 
+    @abc.abstractmethod
     def error(self, at: int, reason: str, remedy: str = "", token: str = "") -> AdqlError:
         """An error at a place of the text."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def value(self, node: tree.Expression) -> Value:
         """A scalar."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def any(self, node: tree.Expression) -> Value | Geometry:
         """A scalar or a geometry."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def match_pixels(self, node: tree.Expression, one: Point, other: Point, radius: Value) -> str | None:
         """Condition on pixels for a match of two relations; None when it cannot be helped."""
-        raise NotImplementedError
 
     # -- geometries --
 

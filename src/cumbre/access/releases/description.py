@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cumbre.access.tables import Column, Position, Table
-from cumbre.core.errors import ConfigurationError, NotFoundError, UserError
-from cumbre.core.instrument import explain_validation
+from cumbre.core.configuration import parse_yaml
+from cumbre.core.errors import NotFoundError, UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -206,13 +205,4 @@ def parse_description(text: str, where: str) -> ReleaseDescription:
     ConfigurationError
         Names file, key, value and expectation.
     """
-    try:
-        data: Any = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigurationError(f"{where}: not YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise ConfigurationError(f"{where}: expected a mapping of keys, found {type(data).__name__}")
-    try:
-        return ReleaseDescription.model_validate(data)
-    except ValidationError as error:
-        raise explain_validation(where, error) from error
+    return parse_yaml(text, where, ReleaseDescription)
