@@ -59,7 +59,9 @@ class RawDetector:
 
 
 @dataclass(slots=True)
-class _Hdu:
+class Hdu:
+    """Header-data unit: its header as it is, structural keywords, and where its data lie in the file."""
+
     index: int
     text: bytes
     cards: dict[str, str]
@@ -70,6 +72,7 @@ class _Hdu:
 
     @property
     def compressed(self) -> bool:
+        """Whether it holds a tile-compressed image."""
         return self.cards.get("ZIMAGE", "F") == "T"
 
 
@@ -104,9 +107,9 @@ def _integer(cards: dict[str, str], key: str, default: int | None, where: str) -
         raise BadFileError(f"{where}: {key} = {text!r}: expected a whole number") from error
 
 
-def _scan(stream: BinaryIO, size: int, path: str) -> list[_Hdu]:
+def scan(stream: BinaryIO, size: int, path: str) -> list[Hdu]:
     """Walk over the HDUs, checking that each claims only what the file has."""
-    hdus: list[_Hdu] = []
+    hdus: list[Hdu] = []
     offset = 0
     while offset < size and len(hdus) < MAX_HDUS:
         where = f"{path}: HDU {len(hdus)}"
@@ -159,7 +162,7 @@ def _axes(cards: dict[str, str], prefix: str, where: str) -> tuple[int, ...]:
     return axes
 
 
-def _describe(text: bytes, index: int, offset: int, where: str) -> _Hdu:
+def _describe(text: bytes, index: int, offset: int, where: str) -> Hdu:
     cards = _cards(text)
     bitpix = _integer(cards, "BITPIX", None, where)
     if bitpix not in _DTYPES:
@@ -169,7 +172,7 @@ def _describe(text: bytes, index: int, offset: int, where: str) -> _Hdu:
     if pcount < 0 or gcount != 1 or pcount > 8 * MAX_PIXELS:
         raise BadFileError(f"{where}: PCOUNT = {pcount}, GCOUNT = {gcount}: expected a plain image or table")
     count = math.prod(axes) if axes else 0
-    hdu = _Hdu(index, text, cards, offset + len(text), (count + pcount) * abs(bitpix) // 8)
+    hdu = Hdu(index, text, cards, offset + len(text), (count + pcount) * abs(bitpix) // 8)
     hdu.extname = cards.get("EXTNAME", "").strip()
     hdu.shape = axes[::-1]
     if hdu.compressed:
@@ -210,7 +213,7 @@ def _content(path: Path) -> tuple[BinaryIO, int, bool]:
     return io.BytesIO(data), len(data), True
 
 
-def _plain_image(stream: BinaryIO, hdu: _Hdu, where: str) -> NDArray[Any]:
+def _plain_image(stream: BinaryIO, hdu: Hdu, where: str) -> NDArray[Any]:
     bitpix = int(hdu.cards["BITPIX"])
     stream.seek(hdu.data_offset)
     raw = np.frombuffer(stream.read(math.prod(hdu.shape) * abs(bitpix) // 8), dtype=_DTYPES[bitpix])
@@ -228,7 +231,7 @@ def _plain_image(stream: BinaryIO, hdu: _Hdu, where: str) -> NDArray[Any]:
 
 
 def _compressed_image(
-    path: Path, stream: BinaryIO, in_memory: bool, hdu: _Hdu, opened: list[Any]
+    path: Path, stream: BinaryIO, in_memory: bool, hdu: Hdu, opened: list[Any]
 ) -> NDArray[Any]:
     try:
         if in_memory:
@@ -251,7 +254,7 @@ def _compressed_image(
         raise BadFileError(f"{path}: HDU {hdu.index}: the compressed pixels are damaged: {error}") from error
 
 
-def _header(hdu: _Hdu, where: str) -> dict[str, Any]:
+def _header(hdu: Hdu, where: str) -> dict[str, Any]:
     from astropy.io import fits
 
     out: dict[str, Any] = {}
@@ -270,7 +273,7 @@ def _header(hdu: _Hdu, where: str) -> dict[str, Any]:
     return out
 
 
-def _find(hdus: list[_Hdu], key: int | str, instrument: Instrument, path: str) -> _Hdu:
+def _find(hdus: list[Hdu], key: int | str, instrument: Instrument, path: str) -> Hdu:
     if isinstance(key, int):
         if key < len(hdus):
             return hdus[key]
@@ -283,7 +286,14 @@ def _find(hdus: list[_Hdu], key: int | str, instrument: Instrument, path: str) -
     raise BadFileError(f"{path}: no HDU {key!r} for instrument {instrument.name}; the file has {names}")
 
 
-def _check_boxes(amplifier: Amplifier, shape: tuple[int, ...], where: str) -> None:
+def check_boxes(amplifier: Amplifier, shape: tuple[int, ...], where: str) -> None:
+    """Refuse an array that is smaller than an amplifier's description says.
+
+    Raises
+    ------
+    BadFileError
+        It is.
+    """
     boxes = (
         amplifier.raw_box,
         amplifier.overscan_box,
@@ -296,6 +306,38 @@ def _check_boxes(amplifier: Amplifier, shape: tuple[int, ...], where: str) -> No
                 f"{where}: amplifier {amplifier.name} needs pixels to x {box.x1}, y {box.y1}; "
                 f"the image has the shape (ny, nx) = {shape}"
             )
+
+
+def observation_of(
+    instrument: Instrument, headers: list[dict[str, Any]], path: str
+) -> tuple[ObservationMetadata, Detector]:
+    """What the headers of a raw file say, and the detector that they name.
+
+    Raises
+    ------
+    BadFileError
+        They cannot be understood.
+    """
+    try:
+        metadata = translate(instrument, headers, path)
+        return metadata, instrument.detector(metadata.detector_id)
+    except NotFoundError as error:
+        raise BadFileError(f"{path}: {error}") from error
+    except (ValueError, TypeError, ArithmeticError, KeyError) as error:
+        raise BadFileError(f"{path}: the header can not be understood: {error}") from error
+
+
+def check_finite(array: NDArray[Any], where: str) -> None:
+    """Refuse raw pixels that are no counts.
+
+    Raises
+    ------
+    BadFileError
+        NaN or infinite pixels.
+    """
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        count = int(np.count_nonzero(~np.isfinite(array)))
+        raise BadFileError(f"{where}: {count} pixels are NaN or infinite; raw pixels are counts")
 
 
 def read_raw(path: str | Path, instrument: Instrument) -> RawDetector:
@@ -321,18 +363,12 @@ def read_raw(path: str | Path, instrument: Instrument) -> RawDetector:
     stream, size, in_memory = _content(path)
     opened: list[Any] = []
     try:
-        hdus = _scan(stream, size, str(path))
+        hdus = scan(stream, size, str(path))
         header = _header(hdus[0], f"{path}: HDU 0")
         headers = [header]
         if instrument.header:
             headers += [_header(hdu, f"{path}: HDU {hdu.index}") for hdu in hdus[1:]]
-        try:
-            metadata = translate(instrument, headers, str(path))
-            detector = instrument.detector(metadata.detector_id)
-        except NotFoundError as error:
-            raise BadFileError(f"{path}: {error}") from error
-        except (ValueError, TypeError, ArithmeticError, KeyError) as error:
-            raise BadFileError(f"{path}: the header can not be understood: {error}") from error
+        metadata, detector = observation_of(instrument, headers, str(path))
         arrays: dict[int, NDArray[Any]] = {}
         amplifiers = []
         for amplifier in detector.amplifiers:
@@ -340,7 +376,7 @@ def read_raw(path: str | Path, instrument: Instrument) -> RawDetector:
             if not hdu.shape and hdu.index + 1 < len(hdus):
                 hdu = hdus[hdu.index + 1]
             where = f"{path}: HDU {hdu.index}"
-            _check_boxes(amplifier, hdu.shape, where)
+            check_boxes(amplifier, hdu.shape, where)
             if hdu.index not in arrays:
                 array = (
                     _compressed_image(path, stream, in_memory, hdu, opened)
@@ -349,9 +385,7 @@ def read_raw(path: str | Path, instrument: Instrument) -> RawDetector:
                 )
                 if array.shape != hdu.shape:
                     raise BadFileError(f"{where}: read the shape {array.shape}, expected {hdu.shape}")
-                if array.dtype.kind == "f" and not np.isfinite(array).all():
-                    count = int(np.count_nonzero(~np.isfinite(array)))
-                    raise BadFileError(f"{where}: {count} pixels are NaN or infinite; raw pixels are counts")
+                check_finite(array, where)
                 arrays[hdu.index] = array
             amplifiers.append(arrays[hdu.index])
     finally:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+import re
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from itertools import product
@@ -10,7 +12,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from starlette.requests import Request
-from starlette.responses import FileResponse, Response
+from starlette.responses import FileResponse, Response, StreamingResponse
 
 from cumbre.access.http.base import (
     MAX_LINKS_BYTES,
@@ -19,15 +21,15 @@ from cumbre.access.http.base import (
     UsageError,
     base_url,
     in_pool,
-    lines,
     read_parameters,
-    xml_attribute,
-    xml_text,
 )
+from cumbre.access.http.links import links_document
 from cumbre.access.identity import Identity, Principal
 from cumbre.access.images.catalogue import RAW, Image, ImageCatalogue
-from cumbre.access.images.cutout import PLANES, Cutout, exposure_cutout, fits_bytes, png_bytes, raw_cutout
+from cumbre.access.images.cutout import PLANES, Cutout, exposure_cutout, fits_bytes, picture, raw_cutout
+from cumbre.access.images.products import MOSAIC, STACK, contact_sheet, grid_of, mosaic, stack
 from cumbre.access.images.shapes import Shape, circle, polygon, pos
+from cumbre.access.images.source import is_remote, place_of
 from cumbre.access.uws import Job, JobResult, JobStore
 from cumbre.access.uws_runner import JobContext
 from cumbre.core.errors import NotFoundError, UserError
@@ -39,6 +41,8 @@ FITS_MIME, PNG_MIME = "application/fits", "image/png"
 MAX_SYNC, MAX_ASYNC = 100, 5000
 MAX_PIXELS = 100_000_000
 MAX_LINKS = 10_000
+_BLOCK = 4 << 20
+_RANGE = re.compile(r"bytes=(\d{1,18})-(\d{0,18})")
 _FORMATS = {
     "application/fits": FITS_MIME,
     "image/fits": FITS_MIME,
@@ -67,6 +71,8 @@ class Wish:
         Regions; one None stands for whole images.
     time, band
         Intervals that an image must touch: MJD and metres.
+    combine
+        Empty for a cutout of each image, else ``MOSAIC`` or ``STACK``: one product of them all.
     """
 
     identifiers: tuple[str, ...]
@@ -76,10 +82,7 @@ class Wish:
     polarization: bool
     planes: tuple[str, ...]
     mime: str
-
-    def pairs(self) -> Iterator[tuple[str, Shape | None]]:
-        """Every combination of image and region."""
-        return product(self.identifiers, self.shapes)
+    combine: str = ""
 
 
 @dataclass(frozen=True)
@@ -116,12 +119,34 @@ class Images:
     async def file(self, request: Request, who: Principal) -> Response:
         """A whole file, also in parts (Range)."""
         image = await in_pool(self.pool, self.catalogue.find, request.path_params["image"], who)
+        headers = {"Content-Disposition": f'attachment; filename="{Path(image.path).name}"'}
+        if is_remote(image.path):
+            await in_pool(self.pool, self.identity.audit, who, "file", image.image_id)
+            return await self._remote(image, request, headers)
         path = Path(image.path)
         if not path.is_file():
             raise NotFoundError(f"{image.image_id}: the file is not in the cache any more; it is on tape")
         await in_pool(self.pool, self.identity.audit, who, "file", image.image_id)
-        headers = {"Content-Disposition": f'attachment; filename="{path.name}"'}
         return FileResponse(path, media_type=FITS_MIME, headers=headers)
+
+    async def _remote(self, image: Image, request: Request, headers: dict[str, str]) -> Response:
+        """A file of an object store, passed on in blocks; with ``Range: bytes=A-B`` a part of it."""
+        store, key = place_of(image.path)
+        size = await in_pool(self.pool, store.size, key)
+        match = _RANGE.fullmatch(request.headers.get("range", ""))
+        first, last = (int(match[1]), int(match[2] or size - 1)) if match else (0, size - 1)
+        last = min(last, size - 1)
+        if first > last:
+            return Response(status_code=416, headers={"Content-Range": f"bytes */{size}"})
+
+        async def blocks() -> AsyncIterator[bytes]:
+            for start in range(first, last + 1, _BLOCK):
+                yield await in_pool(self.pool, store.read_range, key, start, min(_BLOCK, last + 1 - start))
+
+        headers = headers | {"Content-Length": str(last + 1 - first), "Accept-Ranges": "bytes"}
+        if match:
+            headers["Content-Range"] = f"bytes {first}-{last}/{size}"
+        return StreamingResponse(blocks(), 206 if match else 200, headers, FITS_MIME)
 
     # SODA
 
@@ -151,12 +176,17 @@ class Images:
         detail = (parameters.value("CUTOUTDETAIL") or "Image").lower()
         if detail not in _DETAILS:
             raise UsageError(f"CUTOUTDETAIL = {detail[:40]!r}: expected Image, MaskedImage or Exposure")
+        combine = (parameters.value("COMBINE") or "").upper()
+        if combine not in ("", MOSAIC, STACK):
+            raise UsageError(f"COMBINE = {combine[:40]!r}: expected MOSAIC or STACK")
+        if combine == STACK and not shapes:
+            raise UsageError("COMBINE=STACK needs a region: CIRCLE, POLYGON or POS")
         return Wish(
             tuple(self.image_id(text) for text in dict.fromkeys(identifiers)),
             tuple(shapes) or (None,),
             tuple(_interval("TIME", text) for text in parameters.values("TIME")),
             tuple(_interval("BAND", text) for text in parameters.values("BAND")),
-            bool(parameters.values("POL")), _DETAILS[detail], _FORMATS[wanted.lower()],
+            bool(parameters.values("POL")), _DETAILS[detail], _FORMATS[wanted.lower()], combine,
         )  # fmt: skip
 
     async def cut(self, request: Request, who: Principal) -> Response:
@@ -173,14 +203,11 @@ class Images:
         images = self.find_all(wish.identifiers, who)
         cutouts: list[Cutout] = []
         pixels = 0
-        for image_id, shape in wish.pairs():
-            part = self.cutout(images[image_id], shape, wish)
+        for _, part in self.products(wish, images):
             if part is not None:
-                pixels += part.planes["IMAGE"].size * len(part.planes)
+                pixels += sum(plane.size for plane in part.planes.values())
                 if pixels > MAX_PIXELS:
-                    raise TooLargeError(
-                        f"the cutouts have more than {MAX_PIXELS:,} pixels; ask for less at a time"
-                    )
+                    raise TooLargeError(_too_many_pixels())
                 cutouts.append(part)
         self.identity.audit(who, "cutout", " ".join(wish.identifiers), "ok" if cutouts else "no overlap")
         if not cutouts:
@@ -188,8 +215,40 @@ class Images:
         if wish.mime == PNG_MIME:
             if len(cutouts) > 1:
                 raise MultiValuedError("a picture shows one cutout; ask for one ID and one region")
-            return png_bytes(cutouts[0])
+            return _picture(cutouts[0])
         return fits_bytes(cutouts)
+
+    def products(self, wish: Wish, images: Mapping[str, Image]) -> Iterator[tuple[str, Cutout | None]]:
+        """Everything that a request asks for, one after the other: what it is of, and the pixels if there are any.
+
+        Raises
+        ------
+        TooLargeError
+            One product alone has too many pixels.
+        """
+        if not wish.combine:
+            for image_id, shape in product(wish.identifiers, wish.shapes):
+                yield image_id, self.cutout(images[image_id], shape, wish)
+            return
+        for shape in wish.shapes:
+            groups: dict[str, list[Image]] = {}
+            for image_id in wish.identifiers:
+                image = images[image_id]
+                name = f"{image.product}/{image.obs_id}" if wish.combine == MOSAIC else "stack"
+                groups.setdefault(name, []).append(image)
+            for name, members in groups.items():
+                yield name, self._combined(members, shape, wish)
+
+    def _combined(self, images: Sequence[Image], shape: Shape | None, wish: Wish) -> Cutout | None:
+        """One mosaic or stack."""
+        grid = grid_of(shape, images)
+        layers = len(images) if wish.combine == STACK else 1
+        if math.prod(grid.shape) * layers * len(wish.planes) > MAX_PIXELS:
+            raise TooLargeError(_too_many_pixels())
+        region = grid.region()
+        parts = ((image, self.cutout(image, region, wish)) for image in images)
+        touching = [(image, part) for image, part in parts if part is not None]
+        return (mosaic if wish.combine == MOSAIC else stack)(touching, grid, wish.planes)
 
     def find_all(self, identifiers: Sequence[str], who: Principal) -> dict[str, Image]:
         """All images of a request.
@@ -212,7 +271,7 @@ class Images:
         if not _touches(wish.band, image.em_min, image.em_max, float):
             return None
         if image.product != RAW:
-            return exposure_cutout(Path(image.path), shape, planes=wish.planes)
+            return exposure_cutout(image.path, shape, planes=wish.planes)
         if len(wish.planes) > 1:
             raise UsageError(f"{image.image_id}: a raw image has no mask and variance; CUTOUTDETAIL=Image")
         if image.boresight_ra is None or image.boresight_dec is None:
@@ -222,7 +281,7 @@ class Images:
         else:
             pointing = (image.boresight_ra, image.boresight_dec, image.rotation or 0.0)
         instrument = self.catalogue.instruments[image.instrument]
-        return raw_cutout(Path(image.path), instrument, instrument.detector(image.detector), pointing, shape)
+        return raw_cutout(image.path, instrument, instrument.detector(image.detector), pointing, shape)
 
     def make_job(self, parameters: Parameters, who: Principal) -> Job:
         """Store an asynchronous cutout."""
@@ -234,19 +293,19 @@ class Images:
         wish = self.wish(Parameters(list(job.parameters)), MAX_ASYNC)
         images = self.find_all(wish.identifiers, job.principal)
         results = []
-        for number, (image_id, shape) in enumerate(wish.pairs(), 1):
+        for number, (name, part) in enumerate(self.products(wish, images), 1):
             if context.cancelled.is_set():
                 raise UserError("the job was aborted")
-            part = self.cutout(images[image_id], shape, wish)
             if part is None:
-                name, mime = f"cutout_{number}.txt", "text/plain"
-                content = f"UsageError: no overlap of {image_id} with the region\n".encode()
+                ending, mime = "txt", "text/plain"
+                content = f"UsageError: no overlap of {name} with the region\n".encode()
             elif wish.mime == PNG_MIME:
-                name, mime, content = f"cutout_{number}.png", PNG_MIME, png_bytes(part)
+                ending, mime, content = "png", PNG_MIME, _picture(part)
             else:
-                name, mime, content = f"cutout_{number}.fits", FITS_MIME, fits_bytes([part])
-            written = write_atomic(context.folder / name, content)
-            results.append(JobResult(f"cutout_{number}", name, mime, written.size, name))
+                ending, mime, content = "fits", FITS_MIME, fits_bytes([part])
+            file = f"cutout_{number}.{ending}"
+            written = write_atomic(context.folder / file, content)
+            results.append(JobResult(f"cutout_{number}", file, mime, written.size, file))
             context.info.update(done=number)
         self.identity.audit(job.principal, "cutout job", " ".join(wish.identifiers))
         return results
@@ -300,6 +359,15 @@ class Images:
         ]  # fmt: skip
 
 
+def _picture(part: Cutout) -> bytes:
+    pixels = part.planes["IMAGE"]
+    return picture(contact_sheet(pixels) if pixels.ndim == 3 else pixels)
+
+
+def _too_many_pixels() -> str:
+    return f"the cutouts have more than {MAX_PIXELS:,} pixels; ask for less at a time"
+
+
 def _interval(name: str, text: str) -> tuple[float, float]:
     try:
         numbers = [float(word) for word in text.split()]
@@ -317,87 +385,3 @@ def _touches(
         return not intervals
     assert callable(scale)
     return any(scale(low) <= b and scale(high) >= a for a, b in intervals)
-
-
-_LINK_FIELDS = (
-    # name, datatype, arraysize, ucd, description
-    ("ID", "char", "*", "meta.id;meta.main", "Identifier that was asked for"),
-    ("access_url", "char", "*", "meta.ref.url", "Where it is"),
-    ("service_def", "char", "*", "meta.ref", "Descriptor of the service that gives it"),
-    ("error_message", "char", "*", "meta.code.error", "Why there is nothing"),
-    ("semantics", "char", "*", "meta.code", "What it is to the image"),
-    ("description", "char", "*", "meta.note", "In words"),
-    ("content_type", "char", "*", "meta.code.mime", "Media type"),
-    ("content_length", "long", None, "phys.size;meta.file", "Size in bytes"),
-    ("content_qualifier", "char", "*", "meta.code", "Kind of data"),
-    ("link_auth", "char", "*", "meta.code", "Whether a token is needed"),
-    ("link_authorized", "boolean", None, "meta.code", "Whether you may"),
-)
-
-
-def links_document(rows: Sequence[dict[str, object]], soda_url: str, *, overflow: bool) -> str:
-    """The table of links with the descriptor of the cutout service."""
-    out = [
-        '<?xml version="1.0" encoding="UTF-8"?>',
-        '<VOTABLE version="1.4" xmlns="http://www.ivoa.net/xml/VOTable/v1.3">',
-        '<RESOURCE type="results">',
-        '<INFO name="standardID" value="ivo://ivoa.net/std/DataLink#links-1.1"/>',
-        '<INFO name="QUERY_STATUS" value="OK"/>',
-        '<TABLE name="links">',
-    ]
-    for name, kind, size, ucd, description in _LINK_FIELDS:
-        identity = ' ID="links_id"' if name == "ID" else ""
-        shape = f' arraysize="{size}"' if size else ""
-        unit = ' unit="byte"' if name == "content_length" else ""
-        out.append(
-            f'<FIELD{identity} name="{name}" datatype="{kind}"{shape}{unit} ucd="{ucd}">'
-            f"<DESCRIPTION>{description}</DESCRIPTION></FIELD>"
-        )
-    out.append("<DATA><TABLEDATA>")
-    for row in rows:
-        cells = (row.get(name) for name, *_ in _LINK_FIELDS)
-        out.append("<TR>" + "".join(f"<TD>{xml_text(_cell(cell))}</TD>" for cell in cells) + "</TR>")
-    out.append("</TABLEDATA></DATA></TABLE>")
-    if overflow:
-        out.append(f'<INFO name="QUERY_STATUS" value="OVERFLOW">the first {len(rows)} rows of more</INFO>')
-    out.append("</RESOURCE>")
-    example = next((str(row["ID"]) for row in rows if row.get("service_def")), "")
-    return lines([*out, *_descriptor(soda_url, example), "</VOTABLE>"])
-
-
-def _cell(value: object) -> object:
-    if value is None:
-        return ""
-    return ("true" if value else "false") if isinstance(value, bool) else value
-
-
-def _descriptor(url: str, example: str) -> list[str]:
-    """How to call the cutout service, by DataLink's service descriptors."""
-    inputs = (
-        ("CIRCLE", "double", "3", "circle", "phys.angArea;obs", "deg", "Longitude, latitude, radius (ICRS)"),
-        ("POLYGON", "double", "*", "polygon", "phys.angArea;obs", "deg", "Corners (ICRS)"),
-        ("POS", "char", "*", "", "phys.angArea;obs", "", "CIRCLE, RANGE or POLYGON and numbers"),
-        ("RESPONSEFORMAT", "char", "*", "", "meta.code.mime", "", "application/fits or image/png"),
-        ("CUTOUTDETAIL", "char", "*", "", "meta.code", "", "Image, MaskedImage or Exposure"),
-    )
-    out = [
-        '<RESOURCE type="meta" utype="adhoc:service" ID="soda-sync" name="cutout">',
-        "<DESCRIPTION>Part of an image</DESCRIPTION>",
-        '<PARAM name="standardID" datatype="char" arraysize="*" value="ivo://ivoa.net/std/SODA#sync-1.0"/>',
-        f'<PARAM name="accessURL" datatype="char" arraysize="*" value={xml_attribute(url)}/>',
-        '<PARAM name="contentType" datatype="char" arraysize="*" value="application/fits"/>',
-    ]
-    if example:
-        link = f"{url}?ID={quote(example, safe='')}"
-        out.append(f'<PARAM name="exampleURL" datatype="char" arraysize="*" value={xml_attribute(link)}/>')
-    out += [
-        '<GROUP name="inputParams">',
-        '<PARAM name="ID" datatype="char" arraysize="*" ucd="meta.id;meta.dataset" ref="links_id" value=""/>',
-    ]
-    for name, kind, size, xtype, ucd, unit, description in inputs:
-        extra = (f' xtype="{xtype}"' if xtype else "") + (f' unit="{unit}"' if unit else "")
-        out.append(
-            f'<PARAM name="{name}" datatype="{kind}" arraysize="{size}"{extra} ucd="{ucd}" value="">'
-            f"<DESCRIPTION>{description}</DESCRIPTION></PARAM>"
-        )
-    return [*out, "</GROUP>", "</RESOURCE>"]

@@ -9,7 +9,7 @@ is right, or a picture.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cumbre.access.images.shapes import Shape
-from cumbre.core.errors import BadFileError, NotFoundError
-from cumbre.core.instrument import Detector, Instrument
+from cumbre.access.images.source import PixelBox, Section, opened
+from cumbre.core.errors import BadFileError
+from cumbre.core.instrument import Amplifier, Detector, Instrument
 
 _GRID = 33
 MAX_PIXELS = 64_000_000
@@ -28,21 +29,6 @@ _KEPT = (
     "EXPTIME", "TIMESYS", "DATE-BEG", "DATE-END", "MJD-BEG", "MJD-END", "AIRMASS", "CHIPID", "DETECTOR", "MAGZERO",
 )  # fmt: skip
 """Keywords of the whole image that its cutouts carry on."""
-
-
-@dataclass(frozen=True, slots=True)
-class PixelBox:
-    """Half-open ranges of columns and rows."""
-
-    x0: int
-    x1: int
-    y0: int
-    y1: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(ny, nx)."""
-        return self.y1 - self.y0, self.x1 - self.x0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +43,14 @@ class Cutout:
         Keywords of the whole image and the WCS of this part.
     box
         Which pixels of the whole image these are.
+    inputs
+        The images that a product was made of, one row each; empty for a part of a single image.
     """
 
     planes: dict[str, NDArray[Any]]
     header: dict[str, Any]
     box: PixelBox
+    inputs: list[dict[str, Any]] = field(default_factory=list)
 
 
 def box_of(shape: Shape, nx: int, ny: int, to_pixel: Any, to_sky: Any) -> PixelBox | None:
@@ -105,7 +94,7 @@ def _clip(x0: float, x1: float, y0: float, y1: float, nx: int, ny: int) -> Pixel
 
 
 def raw_cutout(
-    path: Path,
+    path: str | Path,
     instrument: Instrument,
     detector: Detector,
     pointing: tuple[float, float, float],
@@ -140,36 +129,39 @@ def raw_cutout(
     )  # fmt: skip
     if box is None:
         return None
-    with _opened(path) as file:
-        header = dict(file[0].read_header())
-        pixels: NDArray[Any] | None = None
-        for amplifier in detector.amplifiers:
-            area = amplifier.detector_box
-            x0, x1 = max(box.x0, area.x0), min(box.x1, area.x1)
-            y0, y1 = max(box.y0, area.y0), min(box.y1, area.y1)
-            if x1 <= x0 or y1 <= y0:
-                continue
-            raw = amplifier.raw_box
-            # where this part lies in the amplifier's own array, which may be read out mirrored
-            left = area.x1 - x1 if amplifier.flip_x else x0 - area.x0
-            low = area.y1 - y1 if amplifier.flip_y else y0 - area.y0
-            part = file[_hdu(file, amplifier.hdu)][
-                raw.y0 + low : raw.y0 + low + y1 - y0, raw.x0 + left : raw.x0 + left + x1 - x0
-            ]
-            if part.shape != (y1 - y0, x1 - x0):
-                raise BadFileError(f"{path}: HDU {amplifier.hdu!r} is smaller than its camera's description")
-            part = part[:: -1 if amplifier.flip_y else 1, :: -1 if amplifier.flip_x else 1]
-            if pixels is None:
-                pixels = np.zeros(box.shape, part.dtype.newbyteorder("="))
-            pixels[y0 - box.y0 : y1 - box.y0, x0 - box.x0 : x1 - box.x0] = part
-    if pixels is None:
+    parts: list[tuple[Amplifier, PixelBox]] = []
+    for amplifier in detector.amplifiers:
+        area = amplifier.detector_box
+        part = PixelBox(
+            max(box.x0, area.x0), min(box.x1, area.x1), max(box.y0, area.y0), min(box.y1, area.y1)
+        )
+        if part.x1 > part.x0 and part.y1 > part.y0:
+            parts.append((amplifier, part))
+    if not parts:
         return None
+    with opened(path) as file:
+        header = file.header()
+        read = file.sections([_in_raw(amplifier, part) for amplifier, part in parts])
+    pixels = np.zeros(box.shape, read[0].dtype.newbyteorder("="))
+    for (amplifier, part), array in zip(parts, read, strict=True):
+        pixels[part.y0 - box.y0 : part.y1 - box.y0, part.x0 - box.x0 : part.x1 - box.x0] = array[
+            :: -1 if amplifier.flip_y else 1, :: -1 if amplifier.flip_x else 1
+        ]
     wcs = approximate_wcs(instrument, detector, *pointing)
     return Cutout({"IMAGE": pixels}, _header(header, wcs, box), box)
 
 
+def _in_raw(amplifier: Amplifier, part: PixelBox) -> Section:
+    """Where a part of the detector lies in the amplifier's own array, which may be read out mirrored."""
+    area, raw = amplifier.detector_box, amplifier.raw_box
+    left = raw.x0 + (area.x1 - part.x1 if amplifier.flip_x else part.x0 - area.x0)
+    low = raw.y0 + (area.y1 - part.y1 if amplifier.flip_y else part.y0 - area.y0)
+    ny, nx = part.shape
+    return amplifier.hdu, PixelBox(left, left + nx, low, low + ny)
+
+
 def exposure_cutout(
-    path: Path, shape: Shape | None, *, planes: tuple[str, ...] = ("IMAGE",)
+    path: str | Path, shape: Shape | None, *, planes: tuple[str, ...] = ("IMAGE",)
 ) -> Cutout | None:
     """Part of an exposure file; None when the region does not touch it.
 
@@ -187,17 +179,16 @@ def exposure_cutout(
     """
     from cumbre.payloads.kernels.wcs import PlaneWcs
 
-    with _opened(path) as file:
-        header = dict(file[0].read_header())
-        image = _hdu(file, "IMAGE")
-        ny, nx = (int(v) for v in file[image].get_dims())
+    with opened(path) as file:
+        header = file.header()
+        ny, nx = file.shape("IMAGE")
         if "CRVAL1" not in header:
-            raise BadFileError(f"{path}: the image has no WCS")
+            raise BadFileError(f"{file.name}: the image has no WCS")
         wcs = PlaneWcs.from_header(header)
         box = PixelBox(0, nx, 0, ny) if shape is None else box_of(shape, nx, ny, wcs.sky2pix, wcs.pix2sky)
         if box is None:
             return None
-        out = {name: file[_hdu(file, name)][box.y0 : box.y1, box.x0 : box.x1] for name in planes}
+        out = dict(zip(planes, file.sections([(name, box) for name in planes]), strict=True))
     keywords = {key: value for key, value in header.items() if key and _is_wcs(key)}
     return Cutout(out, _header(header, keywords, box), box)
 
@@ -220,32 +211,15 @@ def _header(whole: Mapping[str, Any], wcs: Mapping[str, Any], box: PixelBox) -> 
     return out
 
 
-def _opened(path: Path) -> Any:
-    import fitsio
-
-    if not path.is_file():
-        raise NotFoundError(f"{path.name}: the file is not in the cache any more")
-    try:
-        return fitsio.FITS(str(path))
-    except OSError as error:
-        raise BadFileError(f"{path.name}: cannot be read: {str(error)[:200]}") from error
-
-
-def _hdu(file: Any, key: int | str) -> int:
-    if isinstance(key, int):
-        return key
-    for number in range(len(file)):
-        if file[number].get_extname().lower() == key.lower():
-            return number
-    raise NotFoundError(f"the file has no HDU {key}")
-
-
 def fits_bytes(cutouts: list[Cutout]) -> bytes:
-    """A FITS file of one cutout or several: planes as extensions, a single plane as the primary image."""
+    """A FITS file of one cutout or several: planes as extensions, a single plane as the primary image.
+
+    Products of several images have a table ``INPUTS`` of what they were made of.
+    """
     import fitsio
 
     with fitsio.FITS("mem://", "rw") as file:
-        if len(cutouts) == 1 and len(cutouts[0].planes) == 1:
+        if len(cutouts) == 1 and len(cutouts[0].planes) == 1 and not cutouts[0].inputs:
             file.write(np.ascontiguousarray(cutouts[0].planes["IMAGE"]), header=_cards(cutouts[0].header))
             file[0].write_checksum()
         else:
@@ -257,6 +231,13 @@ def fits_bytes(cutouts: list[Cutout]) -> bytes:
                         np.ascontiguousarray(plane), header=_cards(cutout.header), extname=name + suffix
                     )
                     file[-1].write_checksum()
+                if cutout.inputs:
+                    columns = {key: np.array([row[key] for row in cutout.inputs]) for key in cutout.inputs[0]}
+                    file.write(
+                        {k: v.astype("S") if v.dtype.kind == "U" else v for k, v in columns.items()},
+                        extname="INPUTS" + suffix,
+                    )
+                    file[-1].write_checksum()
         return bytes(file.read_raw())
 
 
@@ -264,11 +245,14 @@ def _cards(header: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"name": key, "value": value} for key, value in header.items()]
 
 
-def png_bytes(cutout: Cutout) -> bytes:
-    """A picture: north is where the image has it, black to white between robust limits, asinh in between."""
+def picture(pixels: NDArray[Any]) -> bytes:
+    """PNG of an array of shape (ny, nx): its last row is the first, black to white between robust limits by asinh.
+
+    What is not finite is black.
+    """
     import cv2
 
-    data = np.asarray(cutout.planes["IMAGE"], np.float32)
+    data = np.asarray(pixels, np.float32)
     good = data[np.isfinite(data)]
     if not good.size:
         good = np.zeros(1, np.float32)

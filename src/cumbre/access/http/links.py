@@ -1,0 +1,92 @@
+"""The table of links of DataLink 1.1, with the descriptor of the cutout service."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from urllib.parse import quote
+
+from cumbre.access.http.base import lines, xml_attribute, xml_text
+
+_LINK_FIELDS = (
+    # name, datatype, arraysize, ucd, description
+    ("ID", "char", "*", "meta.id;meta.main", "Identifier that was asked for"),
+    ("access_url", "char", "*", "meta.ref.url", "Where it is"),
+    ("service_def", "char", "*", "meta.ref", "Descriptor of the service that gives it"),
+    ("error_message", "char", "*", "meta.code.error", "Why there is nothing"),
+    ("semantics", "char", "*", "meta.code", "What it is to the image"),
+    ("description", "char", "*", "meta.note", "In words"),
+    ("content_type", "char", "*", "meta.code.mime", "Media type"),
+    ("content_length", "long", None, "phys.size;meta.file", "Size in bytes"),
+    ("content_qualifier", "char", "*", "meta.code", "Kind of data"),
+    ("link_auth", "char", "*", "meta.code", "Whether a token is needed"),
+    ("link_authorized", "boolean", None, "meta.code", "Whether you may"),
+)
+
+
+def links_document(rows: Sequence[dict[str, object]], soda_url: str, *, overflow: bool) -> str:
+    """The table of links with the descriptor of the cutout service."""
+    out = [
+        '<?xml version="1.0" encoding="UTF-8"?>',
+        '<VOTABLE version="1.4" xmlns="http://www.ivoa.net/xml/VOTable/v1.3">',
+        '<RESOURCE type="results">',
+        '<INFO name="standardID" value="ivo://ivoa.net/std/DataLink#links-1.1"/>',
+        '<INFO name="QUERY_STATUS" value="OK"/>',
+        '<TABLE name="links">',
+    ]
+    for name, kind, size, ucd, description in _LINK_FIELDS:
+        identity = ' ID="links_id"' if name == "ID" else ""
+        shape = f' arraysize="{size}"' if size else ""
+        unit = ' unit="byte"' if name == "content_length" else ""
+        out.append(
+            f'<FIELD{identity} name="{name}" datatype="{kind}"{shape}{unit} ucd="{ucd}">'
+            f"<DESCRIPTION>{description}</DESCRIPTION></FIELD>"
+        )
+    out.append("<DATA><TABLEDATA>")
+    for row in rows:
+        cells = (row.get(name) for name, *_ in _LINK_FIELDS)
+        out.append("<TR>" + "".join(f"<TD>{xml_text(_cell(cell))}</TD>" for cell in cells) + "</TR>")
+    out.append("</TABLEDATA></DATA></TABLE>")
+    if overflow:
+        out.append(f'<INFO name="QUERY_STATUS" value="OVERFLOW">the first {len(rows)} rows of more</INFO>')
+    out.append("</RESOURCE>")
+    example = next((str(row["ID"]) for row in rows if row.get("service_def")), "")
+    return lines([*out, *_descriptor(soda_url, example), "</VOTABLE>"])
+
+
+def _cell(value: object) -> object:
+    if value is None:
+        return ""
+    return ("true" if value else "false") if isinstance(value, bool) else value
+
+
+def _descriptor(url: str, example: str) -> list[str]:
+    """How to call the cutout service, by DataLink's service descriptors."""
+    inputs = (
+        ("CIRCLE", "double", "3", "circle", "phys.angArea;obs", "deg", "Longitude, latitude, radius (ICRS)"),
+        ("POLYGON", "double", "*", "polygon", "phys.angArea;obs", "deg", "Corners (ICRS)"),
+        ("POS", "char", "*", "", "phys.angArea;obs", "", "CIRCLE, RANGE or POLYGON and numbers"),
+        ("RESPONSEFORMAT", "char", "*", "", "meta.code.mime", "", "application/fits or image/png"),
+        ("CUTOUTDETAIL", "char", "*", "", "meta.code", "", "Image, MaskedImage or Exposure"),
+        ("COMBINE", "char", "*", "", "meta.code", "", "MOSAIC of a visit's detectors, STACK of epochs"),
+    )
+    out = [
+        '<RESOURCE type="meta" utype="adhoc:service" ID="soda-sync" name="cutout">',
+        "<DESCRIPTION>Part of an image</DESCRIPTION>",
+        '<PARAM name="standardID" datatype="char" arraysize="*" value="ivo://ivoa.net/std/SODA#sync-1.0"/>',
+        f'<PARAM name="accessURL" datatype="char" arraysize="*" value={xml_attribute(url)}/>',
+        '<PARAM name="contentType" datatype="char" arraysize="*" value="application/fits"/>',
+    ]
+    if example:
+        link = f"{url}?ID={quote(example, safe='')}"
+        out.append(f'<PARAM name="exampleURL" datatype="char" arraysize="*" value={xml_attribute(link)}/>')
+    out += [
+        '<GROUP name="inputParams">',
+        '<PARAM name="ID" datatype="char" arraysize="*" ucd="meta.id;meta.dataset" ref="links_id" value=""/>',
+    ]
+    for name, kind, size, xtype, ucd, unit, description in inputs:
+        extra = (f' xtype="{xtype}"' if xtype else "") + (f' unit="{unit}"' if unit else "")
+        out.append(
+            f'<PARAM name="{name}" datatype="{kind}" arraysize="{size}"{extra} ucd="{ucd}" value="">'
+            f"<DESCRIPTION>{description}</DESCRIPTION></PARAM>"
+        )
+    return [*out, "</GROUP>", "</RESOURCE>"]
