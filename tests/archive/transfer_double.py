@@ -68,7 +68,7 @@ def hops(bus: Bus, hop: str, *, outcome: str | None = "ok") -> list[dict[str, An
     ]
 
 
-def until(condition: Callable[[], bool], seconds: float = 15.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "did not happen in time"

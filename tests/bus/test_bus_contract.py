@@ -283,7 +283,7 @@ def test_command_without_answer_ends_in_time(place):
     begun = time.monotonic()
     with pytest.raises(DeadlineError, match=r"Camera\.takeImages.*no final answer within 0\.3 s"):
         bus.command("Camera.takeImages", {}, timeout_s=0.3)
-    assert time.monotonic() - begun < 5.0
+    assert time.monotonic() - begun < 20.0
     with pytest.raises(UserError, match="not command"):
         bus.command("Image.hop", {}, timeout_s=0.3)
 
@@ -314,7 +314,7 @@ def test_poll_limit_and_waiting(place):
     assert [m.fields["exposureId"] for m in got] == list(range(25))
     begun = time.monotonic()
     assert subscription.poll(0.1) == []
-    assert 0.09 < time.monotonic() - begun < 2.0
+    assert 0.09 < time.monotonic() - begun < 20.0
 
 
 def test_one_bus_in_several_threads(place):

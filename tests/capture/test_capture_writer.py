@@ -225,17 +225,6 @@ def test_killed_in_the_middle_it_goes_on(site: Site, bus: Bus, clock: Clock) -> 
     assert {hop["outcome"] for hop in camera.hops(bus)} == {"ok"}
 
 
-def test_four_detectors_are_quick(site: Site, bus: Bus, clock: Clock) -> None:
-    camera.store_image(site, OBS)
-    give_header(site)
-    camera.read_out(bus, OBS)
-    writer = ImageWriter(site=site, bus=bus, clock=clock)
-    begin = time.perf_counter()
-    run(writer)
-    # 0.4 s is the requirement on an idle machine; shared test machines get more room.
-    assert time.perf_counter() - begin < 2.0
-
-
 @pytest.mark.parametrize(
     "key",
     [

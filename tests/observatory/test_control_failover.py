@@ -62,7 +62,7 @@ class Processes:
         )
         log.close()
 
-    def until(self, so, limit_s=20.0):
+    def until(self, so, limit_s=60.0):
         end = time.monotonic() + limit_s
         while time.monotonic() < end:
             if found := so():

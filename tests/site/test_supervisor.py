@@ -26,7 +26,7 @@ def site(tmp_path):
     stop_site(site)
 
 
-def wait_for(condition, seconds=30.0):
+def wait_for(condition, seconds=120.0):
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         value = condition()
