@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
+import os
 import queue
+import threading
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -20,6 +23,7 @@ log = logging.getLogger(__name__)
 # Dask's number is larger for what is more urgent, ours smaller.
 _DASK_PRIORITY = 1000
 START_TIMEOUT_S = 60.0
+KILL_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +38,21 @@ class ComputeEngine(Protocol):
     """Runs functions named by path on workers, the urgent first."""
 
     def submit(
-        self, key: str, function: str, payload: dict[str, Any], *, priority: int, affinity: int = -1
+        self, key: str, function: str, payload: dict[str, Any], *, priority: int, worker: str = ""
     ) -> None:
-        """Start one try; ``key`` is told again in its :class:`Completion`. Smaller priority goes first."""
+        """Start one try, if possible on one of :meth:`workers`; smaller priority goes first.
+
+        ``key`` is told again in its :class:`Completion`.
+        """
 
     def completed(self, timeout_s: float) -> list[Completion]:
         """Tries that ended since the last call; waits at most ``timeout_s`` real seconds for the first."""
 
     def cancel(self, key: str) -> None:
         """Drop a try that has not begun; one that runs may still end."""
+
+    def kill(self, key: str, worker: str) -> None:
+        """Drop a try and end the process that runs it; another one takes its place. Does not wait."""
 
     def workers(self) -> list[str]:
         """Names of the workers, in the order of their slots."""
@@ -59,10 +69,10 @@ class InlineEngine:
         self._count = 0
 
     def submit(
-        self, key: str, function: str, payload: dict[str, Any], *, priority: int, affinity: int = -1
+        self, key: str, function: str, payload: dict[str, Any], *, priority: int, worker: str = ""
     ) -> None:
         """Queue one try."""
-        del affinity
+        del worker
         self._count += 1
         self._waiting.append((priority, self._count, key, function, payload))
 
@@ -78,6 +88,11 @@ class InlineEngine:
     def cancel(self, key: str) -> None:
         """Forget a waiting job."""
         self._waiting = [item for item in self._waiting if item[2] != key]
+
+    def kill(self, key: str, worker: str) -> None:
+        """Forget a waiting job; none runs between two calls."""
+        del worker
+        self.cancel(key)
 
     def workers(self) -> list[str]:
         """One worker: this process."""
@@ -109,6 +124,8 @@ class DaskEngine:
     warm_up, warm_payload
         ``package.module:function`` run on each worker when it starts (imports, compiled kernels), and what
         it is given (``{}`` by default).
+    nice
+        By how much its workers stand back behind other processes of their machine.
 
     Raises
     ------
@@ -123,6 +140,7 @@ class DaskEngine:
         n_workers: int = 2,
         warm_up: str = "",
         warm_payload: dict[str, Any] | None = None,
+        nice: int = 0,
     ) -> None:
         import dask
         from distributed import Client, LocalCluster
@@ -155,21 +173,20 @@ class DaskEngine:
                 self._cluster or address, timeout=START_TIMEOUT_S, set_as_default=False
             )
             self._client.wait_for_workers(1, timeout=START_TIMEOUT_S)
-            self._client.register_plugin(_warm_plugin(warm_up, warm_payload or {}), name="cumbre-warm-up")
+            self._client.register_plugin(
+                _warm_plugin(warm_up, warm_payload or {}, nice), name="cumbre-warm-up"
+            )
         except (OSError, TimeoutError) as error:
             self.close()
             raise TransientError(f"compute cluster {address or 'on this machine'}: {error}") from error
         self._slots: deque[str] = deque()
-        self._slots_read = 0.0
+        self._slots_read = -math.inf
 
     def submit(
-        self, key: str, function: str, payload: dict[str, Any], *, priority: int, affinity: int = -1
+        self, key: str, function: str, payload: dict[str, Any], *, priority: int, worker: str = ""
     ) -> None:
-        """Send one try to the cluster, if possible to the worker of the slot."""
-        where: dict[str, Any] = {}
-        slots = self.workers() if affinity >= 0 else []
-        if slots:
-            where = {"workers": [slots[affinity % len(slots)]], "allow_other_workers": True}
+        """Send one try to the cluster, if possible to that worker."""
+        where = {"workers": [worker], "allow_other_workers": True} if worker else {}
         future = self._client.submit(
             run_task, function, payload, key=key, pure=False, retries=0,
             priority=_DASK_PRIORITY - priority, **where,
@@ -189,6 +206,8 @@ class DaskEngine:
                 continue  # cancelled, or submitted again
             del self._futures[key]
             found.append(Completion(key, self._result(future)))
+            if found[-1].result.outcome == LOST:
+                self._slots_read = -math.inf
 
     @staticmethod
     def _result(future: Any) -> JobResult:
@@ -209,6 +228,17 @@ class DaskEngine:
         future = self._futures.pop(key, None)
         if future is not None:
             future.cancel()
+
+    def kill(self, key: str, worker: str) -> None:
+        """Have the worker's nanny end it, in the background: one that hangs takes seconds to be ended."""
+        self.cancel(key)
+        threading.Thread(target=self._restart, args=(worker,), daemon=True).start()
+
+    def _restart(self, worker: str) -> None:
+        try:
+            self._client.restart_workers([worker], timeout=KILL_TIMEOUT_S, raise_for_error=False)
+        except (OSError, TimeoutError, ValueError, KeyError, RuntimeError) as error:
+            log.warning("worker %s could not be ended: %s: %s", worker, type(error).__name__, error)
 
     def workers(self) -> list[str]:
         """Addresses of the live workers, in the order of their names (looked up at most once a second)."""
@@ -232,12 +262,10 @@ class DaskEngine:
 
 
 def _pid() -> int:
-    import os
-
     return os.getpid()
 
 
-def _warm_plugin(function: str, payload: dict[str, Any]) -> Any:
+def _warm_plugin(function: str, payload: dict[str, Any], nice: int) -> Any:
     from distributed import WorkerPlugin
 
     class WarmUp(WorkerPlugin):  # type: ignore[misc]
@@ -246,6 +274,8 @@ def _warm_plugin(function: str, payload: dict[str, Any]) -> Any:
         def setup(self, worker: Any) -> None:
             """Called on the worker."""
             del worker
+            if nice:
+                os.nice(nice)
             _warm(function, payload)
 
     return WarmUp()

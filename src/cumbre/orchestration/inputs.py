@@ -12,6 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import field as value_of
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ import numpy as np
 from cumbre.core import geometry
 from cumbre.core.errors import BadFileError, NotFoundError
 from cumbre.core.instrument import Detector, Instrument
+from cumbre.orchestration import provenance
+from cumbre.orchestration.provenance import Pins
 
 CACHE_BYTES = 600_000_000
 PADDING_DEG = 50.0 / 3600.0
@@ -73,6 +76,8 @@ class Inputs:
         ``cumbre.payloads.refcat.RefCat`` or None.
     wall_s
         Seconds that loading took, by part.
+    files
+        Names of the kept files that calibrations, template and reference stars came from.
     """
 
     field: Field
@@ -82,6 +87,7 @@ class Inputs:
     template_tile: str
     reference: Any
     wall_s: dict[str, float]
+    files: dict[str, str] = value_of(default_factory=dict)
 
     def describe(self) -> str:
         """One line for the ledger."""
@@ -166,6 +172,13 @@ class InputLoader:
     def __init__(self, site: Path) -> None:
         self.site = site
         self.cache = Cache()
+        self._pins = Pins(site / provenance.FOLDER / provenance.INPUTS)
+        self._files: dict[str, str] = {}
+
+    def _kept(self, role: str, path: Path) -> Path:
+        kept = self._pins.pin(path)
+        self._files[role] = kept.name
+        return kept
 
     def load(self, instrument: Instrument, detector: Detector, field: Field, band: str) -> Inputs:
         """Read all inputs of one detector at one pointing.
@@ -178,6 +191,7 @@ class InputLoader:
             A file is not what it should be.
         """
         took: dict[str, float] = {}
+        self._files = {}
 
         def timed(name: str, make: Callable[[], Any]) -> Any:
             begun = time.monotonic()
@@ -188,14 +202,15 @@ class InputLoader:
         calibrations = timed("calibrations", lambda: self.calibrations(instrument, detector, band))
         tile, template = timed("template", lambda: self.template(instrument, detector, field, band))
         reference = timed("reference", lambda: self.reference(field))
-        return Inputs(field, band, calibrations, template, tile, reference, took)
+        return Inputs(field, band, calibrations, template, tile, reference, took, dict(self._files))
 
     def calibrations(self, instrument: Instrument, detector: Detector, band: str) -> Any:
         """Calibrations of a detector in a band."""
         from cumbre.payloads.calibration import Calibrations
 
         folder = self.site / "archive" / "calibs" / instrument.name
-        return self.cache.get(folder / f"{band}_{detector.name}.fits", Calibrations.load)
+        path = folder / f"{band}_{detector.name}.fits"
+        return self.cache.get(self._kept("calibrations", path), Calibrations.load)
 
     def template(
         self, instrument: Instrument, detector: Detector, field: Field, band: str
@@ -220,11 +235,11 @@ class InputLoader:
         path = index.parent / row["path"]
         if not path.is_file():
             raise NotFoundError(f"template {path}: listed in {index}, but there is no such file")
-        return row["tile"], self.cache.get(path, load_exposure)
+        return row["tile"], self.cache.get(self._kept("template", path), load_exposure)
 
     def reference(self, field: Field) -> Any:
         """Reference stars of the field."""
         from cumbre.payloads.refcat import RefCat
 
-        path = self.site / "refcat" / "refcat.parquet"
+        path = self._kept("reference", self.site / "refcat" / "refcat.parquet")
         return RefCat.load(path, (field.centre_ra, field.centre_dec), field.radius_deg)

@@ -97,10 +97,20 @@ class JobStore:
         )  # fmt: skip
         return bool(rows)
 
-    def take(self, owner: str, now_tai: float, lease_s: float, limit: int = 1000) -> list[tuple[Job, int]]:
+    def take(
+        self, owner: str, now_tai: float, lease_s: float, *, limit: int = 1000, offline: bool | None = None,
+        kind: str = "",
+    ) -> list[tuple[Job, int]]:  # fmt: skip
         """Take open jobs that nobody holds, in order of priority, deadline, age; (job, number of this try).
 
         A running job whose lease ran out, or that this owner held in a former life, is taken again.
+
+        Parameters
+        ----------
+        offline
+            Only jobs of the class ``PROMPT`` (False), or only others (True); None for all.
+        kind
+            Only jobs of this kind; "" for all.
         """
         rows = self.db.execute(
             f"""
@@ -109,14 +119,24 @@ class JobStore:
                 attempts = attempts + 1, started_tai = %(now)s
             FROM (
                 SELECT id AS chosen FROM orchestration.job
-                WHERE state = 'queued' OR (state = 'running' AND lease_until_tai < %(now)s)
+                WHERE (state = 'queued' OR (state = 'running' AND lease_until_tai < %(now)s))
+                  AND (%(offline)s::bool IS NULL OR (priority > %(prompt)s) = %(offline)s)
+                  AND (%(kind)s = '' OR kind = %(kind)s)
                 ORDER BY priority, NULLIF(deadline_tai, 0) NULLS LAST, created_tai
                 LIMIT %(limit)s FOR UPDATE SKIP LOCKED
             ) open
             WHERE j.id = open.chosen
             RETURNING {_COLUMNS}, attempts, created_tai
             """,  # noqa: S608
-            {"owner": owner, "until": now_tai + lease_s, "now": now_tai, "limit": limit},
+            {
+                "owner": owner,
+                "until": now_tai + lease_s,
+                "now": now_tai,
+                "limit": limit,
+                "offline": offline,
+                "prompt": int(Priority.PROMPT),
+                "kind": kind,
+            },
         )
         rows.sort(key=lambda row: (row[4], row[5] or float("inf"), row[9]))
         return [(_job(row), row[8]) for row in rows]

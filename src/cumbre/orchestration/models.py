@@ -11,6 +11,14 @@ FAILED = "Failed"
 LOST = "WorkerLost"
 CANCELLED = "Cancelled"
 DEADLINE = "Deadline"
+DROPPED = "Dropped"
+"""Too many images waited for a worker."""
+KILLED = "Killed"
+"""Ended while it ran, too long after its deadline."""
+SAMPLED_OUT = "SampledOut"
+"""Of a visit that was left out while the workers were behind."""
+CAUGHT_UP = "CaughtUp"
+"""Brought by the Catch-Up Archiver: not for the live workers."""
 
 
 class Priority(IntEnum):

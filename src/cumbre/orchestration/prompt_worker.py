@@ -26,6 +26,7 @@ from cumbre.core.errors import (
 from cumbre.core.instrument import Detector, Instrument, load_instrument
 from cumbre.core.time import Clock, mjd_from_seconds
 from cumbre.orchestration.inputs import Field, InputLoader, Inputs, read_index
+from cumbre.orchestration.provenance import write_record
 
 if TYPE_CHECKING:
     from cumbre.catalogs.level1 import Level1
@@ -193,6 +194,11 @@ def process(payload: dict[str, Any]) -> dict[str, Any]:
             log.info("stored meanwhile by another try")
     if made.injected is not None:
         write_injected(Path(payload["site"]), image["exposure_id"], detector.id, band, made.injected)
+    if inputs.files:
+        try:
+            write_record(Path(payload["site"]), raw=raw, inputs=inputs, made=made, payload=payload)
+        except OSError as error:
+            log.warning("how it was made is not recorded, its images cannot be made again: %s", error)
     wall = time.monotonic() - begun
     log.info("steps: %s", made.wall_s)
     for warning in made.warnings:
