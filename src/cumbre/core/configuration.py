@@ -168,6 +168,57 @@ class Tls(_Model):
     )
 
 
+class Overload(_Model):
+    """What happens when prompt workers fall behind; without a value nothing is left out."""
+
+    spare_workers: Annotated[
+        int, Field(ge=0, description="Further worker processes that take images while the others are behind.")
+    ] = 0
+    spare_cluster: Annotated[
+        str | None, Field(description="Address of a Dask scheduler as the spare pool, in their place.")
+    ] = None
+    behind: Annotated[
+        float, Field(gt=0, description="Waiting detector images per worker that mean the workers are behind.")
+    ] = 2.0
+    sampling: Annotated[
+        float, Field(ge=0, le=1, description="Part of the visits that is taken up while behind.")
+    ] = 1.0
+    drop_above: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="Most detector images that may wait; the oldest beyond are dropped; null for all.",
+        ),
+    ] = None
+    kill_after_s: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            description="Night time beyond `deadline_s` after which a job is ended, or not begun; null for never.",
+        ),
+    ] = None
+
+
+class Missed(_Model):
+    """Images that prompt processing could not do in time: they are done later."""
+
+    when: Annotated[
+        Literal["idle", "daytime", "command"],
+        Field(
+            description="When workers do them: as soon as no visit needs them, in the mode `daytime` only, or "
+            "never (`cumbre process-missed` does)."
+        ),
+    ] = "idle"
+    alerts: Annotated[bool, Field(description="Whether alerts of late work are published.")] = True
+    attempts: Annotated[int, Field(ge=1, description="Tries of each.")] = 3
+    catch_up_workers: Annotated[
+        int,
+        Field(
+            ge=0, description="Worker processes of a pool for nothing but this, at low priority; 0 for none."
+        ),
+    ] = 0
+
+
 class Prompt(_Model):
     """Prompt processing."""
 
@@ -183,6 +234,14 @@ class Prompt(_Model):
     injection_fraction: Annotated[
         float, Field(ge=0, le=1, description="Part of the visits that carry fake sources, for completeness.")
     ] = 0.0
+    images: Annotated[
+        Literal["path", "distributor"],
+        Field(
+            description="Where workers get images: from the archive's raw cache, or by asking its distributors."
+        ),
+    ] = "path"
+    overload: Annotated[Overload, Field(description="Workers that fall behind.")] = Overload()
+    missed: Annotated[Missed, Field(description="Images left for later.")] = Missed()
 
 
 class CatchUp(_Model):
