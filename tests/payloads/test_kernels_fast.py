@@ -8,7 +8,7 @@ from scipy import ndimage
 from scipy.signal import convolve2d
 
 from cumbre.core.memory import ENVIRONMENT, hold_memory
-from cumbre.payloads.kernels import convolve, detect, measure, planes
+from cumbre.payloads.kernels import convolve, detect, measure, planes, shift
 from cumbre.payloads.kernels.cosmic_rays import _fine_structure, _middle
 from cumbre.payloads.kernels.detect import GridPsf
 
@@ -34,7 +34,7 @@ def test_moved_stamp_is_the_quintic_spline(dx, dy):
     grid = np.arange(15) - 7
     stamp = np.exp(-(grid[:, None] ** 2 + grid**2) / (2 * 1.4**2))
     rows, out = np.empty_like(stamp), np.empty_like(stamp)
-    measure._shift(measure._spline_coefficients(stamp[None])[0], dx, dy, rows, out)
+    shift.move(shift.spline_coefficients(stamp[None])[0], dx, dy, rows, out)
     expected = ndimage.shift(stamp, (dy, dx), order=5, mode="constant", cval=0.0)
     np.testing.assert_allclose(out, expected, atol=1e-12)
 

@@ -77,7 +77,7 @@ class DetectorResult:
 
 def warm_up() -> None:
     """Compile and import everything on a small artificial pair, so that the first real image does not wait."""
-    from cumbre.payloads import calibrate, isr, raw  # noqa: F401 (their compilation is part of the warm-up)
+    from cumbre.payloads import calibrate, isr, raw, snaps  # noqa: F401 (their compilation is part of the warm-up)
     from cumbre.payloads.kernels.wcs import PlaneWcs
 
     rng = np.random.default_rng(1)
@@ -113,7 +113,7 @@ def warm_up() -> None:
 
 
 def produce(
-    image: RawDetector | Exposure | str | Path,
+    image: RawDetector | Exposure | str | Path | Sequence[RawDetector | str | Path],
     calibrations: Calibrations | None,
     template: Exposure,
     reference: RefCat | None,
@@ -129,7 +129,8 @@ def produce(
     Parameters
     ----------
     image
-        A raw read-out, the path of one, or an exposure that is calibrated already.
+        A raw read-out, the path of one, several of them (the snaps of a visit), or an exposure that is calibrated
+        already.
     calibrations, reference
         For raw images: bias, flat, …; reference stars for WCS and zero point.
     template
@@ -235,7 +236,7 @@ def _lap(wall: dict[str, float], name: str, begun: float) -> float:
 
 
 def _calibrated(
-    image: RawDetector | Exposure | str | Path,
+    image: RawDetector | Exposure | str | Path | Sequence[RawDetector | str | Path],
     calibrations: Calibrations | None,
     reference: RefCat | None,
     instrument: Instrument | None,
@@ -244,12 +245,14 @@ def _calibrated(
         return image
     if instrument is None:
         raise UnprocessableDataError("a raw image needs its instrument description")
-    from cumbre.payloads.calibrate import calibrate
     from cumbre.payloads.isr import assemble_and_correct
-    from cumbre.payloads.raw import read_raw
+    from cumbre.payloads.raw import RawDetector, read_raw
+    from cumbre.payloads.snaps import calibrate_snaps
 
-    raw = read_raw(image, instrument) if isinstance(image, str | Path) else image
-    return calibrate(assemble_and_correct(raw, calibrations), reference, instrument=instrument)
+    given = [image] if isinstance(image, str | Path | RawDetector) else image
+    raws = (read_raw(item, instrument) if isinstance(item, str | Path) else item for item in given)
+    snaps = [assemble_and_correct(raw, calibrations) for raw in raws]
+    return calibrate_snaps(snaps, reference, instrument=instrument)
 
 
 def warp_template(template: Exposure, exposure: Exposure) -> Exposure:
@@ -418,7 +421,8 @@ def difference_psf(result: DifferenceResult) -> PsfModel:
     basis = np.stack([np.ones_like(u), u, v, u * u, u * v, v * v], axis=1)
     solution, *_ = np.linalg.lstsq(basis, stamps.reshape(len(grid), -1), rcond=None)
     coefficients = np.ascontiguousarray(solution.reshape(6, *stamps.shape[1:]), dtype=np.float32)
-    return PsfModel(coefficients, (ny, nx), result.difference.science_psf.fwhm_px)
+    total = float(stamps.sum(axis=(1, 2)).mean())
+    return PsfModel(coefficients, (ny, nx), result.difference.science_psf.fwhm_px, total=total)
 
 
 def _by_object(rows: Any) -> dict[int, list[dict[str, Any]]]:

@@ -58,7 +58,8 @@ class GridPsf:
             cut = wide[
                 middle - self.half : middle + self.half + 1, middle - self.half : middle + self.half + 1
             ]
-            self._cache[cell] = cut / cut.sum()
+            # The light that the cut leaves out stays missing: fluxes are of the whole PSF, as those of the stars.
+            self._cache[cell] = cut / wide.sum()
         return self._cache[cell]
 
     def stack(

@@ -12,6 +12,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from cumbre.payloads.kernels.shift import move, spline_coefficients
+
 if TYPE_CHECKING:
     from cumbre.payloads.kernels.detect import GridPsf
 
@@ -67,72 +69,24 @@ def compactness(data: NDArray[np.float64], radius: NDArray[np.float64], aperture
 
 
 @njit(cache=True)
-def _quintic(f, out):  # type: ignore[no-untyped-def]
-    """Weights of the quintic B-spline at the coefficients −2 … 3 around a fraction 0 ≤ f < 1."""
-    for k in range(6):
-        t = abs(f - (k - 2))
-        if t < 1:
-            t2 = t * t
-            out[k] = t2 * (t2 * (0.25 - t / 12.0) - 0.5) + 0.55
-        elif t < 2:
-            out[k] = t * (t * (t * (t * (t / 24.0 - 0.375) + 1.25) - 1.75) + 0.625) + 0.425
-        else:
-            s = max(3.0 - t, 0.0)
-            out[k] = s * s * s * s * s / 120.0
-
-
-@njit(cache=True)
-def _shift(coefficients, dx, dy, rows, out):  # type: ignore[no-untyped-def]
-    """A stamp, given by its spline coefficients, moved by (dx, dy); zero where it would come from outside."""
-    n = coefficients.shape[0]
-    wx, wy = np.empty(6), np.empty(6)
-    ix, iy = int(np.floor(-dx)), int(np.floor(-dy))
-    _quintic(-dx - ix, wx)
-    _quintic(-dy - iy, wy)
-    last = n - 1
-    for j in range(n):
-        for i in range(n):
-            place = i - dx
-            total = 0.0
-            if 0 <= place <= last:
-                for a in range(6):
-                    k = i + ix + a - 2
-                    if k < 0:
-                        k = -k
-                    if k > last:
-                        k = 2 * last - k
-                    total += wx[a] * coefficients[j, k]
-            rows[j, i] = total
-    for j in range(n):
-        place = j - dy
-        for i in range(n):
-            out[j, i] = 0.0
-        if not 0 <= place <= last:
-            continue
-        for b in range(6):
-            k = j + iy + b - 2
-            if k < 0:
-                k = -k
-            if k > last:
-                k = 2 * last - k
-            w = wy[b]
-            for i in range(n):
-                out[j, i] += w * rows[k, i]
-
-
-@njit(cache=True)
 def _flux(data, weight, profile):  # type: ignore[no-untyped-def]
-    """Flux and its error of one PSF at a known place; NaN without a usable pixel."""
-    top, bottom = 0.0, 0.0
+    """Flux and its error of one PSF at a known place; NaN without a usable pixel.
+
+    All pixels of positive weight count alike, as in the photometry of the stars that give the zero point. Weights
+    1 / variance would favour the pixels whose own noise made them faint, and the wings of bright sources.
+    """
+    top, bottom, noise = 0.0, 0.0, 0.0
     n = data.shape[0]
     for j in range(n):
         for i in range(n):
-            p = profile[j, i] * weight[j, i]
-            top += p * data[j, i]
-            bottom += p * profile[j, i]
+            if weight[j, i] > 0:
+                p = profile[j, i]
+                top += p * data[j, i]
+                bottom += p * p
+                noise += p * p / weight[j, i]
     if bottom <= 0:
         return np.nan, np.nan
-    return top / bottom, bottom**-0.5
+    return top / bottom, np.sqrt(noise) / bottom
 
 
 @njit(cache=True)
@@ -145,7 +99,7 @@ def _fit_position(data, weight, near, model, coefficients, rows, profile, near_w
     dx, dy, x_err, y_err = 0.0, 0.0, np.nan, np.nan
     flux, flux_err = _flux(data, near_weight, model)
     for _ in range(6):
-        _shift(coefficients, dx, dy, rows, profile)
+        move(coefficients, dx, dy, rows, profile)
         m00, m01, m02, m11, m12, m22, r0, r1, r2 = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
         for j in range(n):
             for i in range(n):
@@ -281,7 +235,7 @@ def _measure(  # type: ignore[no-untyped-def]
         flux, flux_err, dx, dy, x_err, y_err, lost = _fit_position(
             data, weight, near, model, coefficients[which[s]], rows, profile, near_weight
         )
-        _shift(coefficients[which[s]], dx, dy, rows, profile)
+        move(coefficients[which[s]], dx, dy, rows, profile)
         if not lost:
             flux, flux_err = _flux(data, weight, profile)
         if not np.isfinite(flux):
@@ -388,7 +342,7 @@ def measure_sources(
     stamps, which = psf.stack(x, y)
     out = np.zeros((len(x), _HIT + 1))
     _measure(
-        image, variance, np.float32(variance_scale), mask, snr, stamps, _spline_coefficients(stamps), which,
+        image, variance, np.float32(variance_scale), mask, snr, stamps, spline_coefficients(stamps), which,
         np.ascontiguousarray(x, np.int64), np.ascontiguousarray(y, np.int64), np.uint16(unusable), np.uint16(hit_bits),
         float(aperture_radius), float(profile_tolerance), float(core_tolerance), out,
     )  # fmt: skip
@@ -403,11 +357,3 @@ def _measurement(row: list[Any]) -> Measurement:
         bool(row[_LOST]),
     )
     return Measurement(*row)
-
-
-def _spline_coefficients(stamps: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Coefficients of the quintic spline through each stamp: narrow PSFs keep their flux when they are moved."""
-    from scipy.ndimage import spline_filter1d
-
-    out = spline_filter1d(stamps, order=5, axis=1, mode="mirror")
-    return np.ascontiguousarray(spline_filter1d(out, order=5, axis=2, mode="mirror"))

@@ -8,13 +8,10 @@ import numpy as np
 from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
-from cumbre.payloads.kernels.psf import PsfModel, normalised, psf_stamp
-from cumbre.payloads.kernels.warp import lanczos_table
+from cumbre.payloads.kernels.psf import PsfModel, normalised, psf_at
 
 FloatImage = NDArray[np.float32]
 Floats = NDArray[np.float64]
-
-_TABLE = lanczos_table()
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,18 +38,19 @@ class PsfFluxes:
 
 
 @njit(cache=True)
-def _forced(image, variance, mask, bad_bits, coefficients, u, v, x, y, table):  # type: ignore[no-untyped-def]
-    count, n = x.size, coefficients.shape[1]
+def _forced(image, variance, mask, bad_bits, spline, sums, u, v, x, y):  # type: ignore[no-untyped-def]
+    count, n = x.size, spline.shape[1]
     half = n // 2
     ny, nx = image.shape
     flux, error = np.full(count, np.nan), np.full(count, np.nan)
     chi2, fraction = np.full(count, np.nan), np.zeros(count)
     bits = np.zeros(count, np.uint16)
+    filtered, rows, stamp = np.empty((n, n)), np.empty((n, n)), np.empty((n, n))
     for k in range(count):
         if not (-half < x[k] < nx + half and -half < y[k] < ny + half):
             continue
         ix, iy = int(np.floor(x[k] + 0.5)), int(np.floor(y[k] + 0.5))
-        stamp = psf_stamp(coefficients, u[k], v[k], x[k] - ix, y[k] - iy, table)
+        psf_at(spline, sums, u[k], v[k], x[k] - ix, y[k] - iy, filtered, rows, stamp)
         pd, pp, ppv, light = 0.0, 0.0, 0.0, 0.0
         for j in range(n):
             yy = iy + j - half
@@ -67,7 +65,7 @@ def _forced(image, variance, mask, bad_bits, coefficients, u, v, x, y, table):  
                 d = image[yy, xx]
                 if mask[yy, xx] & bad_bits or not np.isfinite(d):
                     continue
-                p = np.float64(stamp[j, i])
+                p = stamp[j, i]
                 pd += p * d
                 pp += p * p
                 ppv += p * p * variance[yy, xx]
@@ -126,7 +124,7 @@ def forced_psf_photometry(
     u, v = np.clip(u, -1.1, 1.1), np.clip(v, -1.1, 1.1)
     result = _forced(
         np.ascontiguousarray(image, np.float32), np.ascontiguousarray(variance, np.float32), np.ascontiguousarray(mask),
-        np.uint16(bad_bits), psf.coefficients, u, v, xs, ys, _TABLE,
+        np.uint16(bad_bits), psf.spline, psf.sums, u, v, xs, ys,
     )  # fmt: skip
     return PsfFluxes(*result)
 

@@ -1,78 +1,46 @@
 """Point spread function in a pixel basis: each pixel of the stamp is a polynomial of the position.
 
-Stars are shifted to a pixel centre with Lanczos 3, divided by their flux and fitted pixel by pixel; stars that
+Stars are shifted to a pixel centre with quintic splines, divided by their flux and fitted pixel by pixel; stars that
 differ from the model (galaxies, blends, cosmic rays) are left out and the fit repeated.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
 from cumbre.core.errors import UnprocessableDataError
-from cumbre.payloads.kernels.warp import lanczos_table
+from cumbre.payloads.kernels.shift import move, spline_coefficients
 
 FloatImage = NDArray[np.float32]
 Floats = NDArray[np.float64]
-
-_TABLE = lanczos_table()
 
 STARS_FOR_ORDER = (1, 12, 40)
 """Least number of stars for a PSF that is constant, linear, quadratic in position."""
 
 
 @njit(cache=True)
-def shift_stamp(stamp, dx, dy, table):  # type: ignore[no-untyped-def]
-    """Shift a square float32 stamp by (dx, dy) pixels, |d| <= 1; what comes from outside is zero."""
-    n = stamp.shape[0]
-    steps = table.shape[0] - 1
-    # value at i comes from i - d = (i + whole) + fraction
-    ix, iy = int(np.floor(-dx)), int(np.floor(-dy))
-    wx = table[int((-dx - ix) * steps + 0.5)]
-    wy = table[int((-dy - iy) * steps + 0.5)]
-    rows = np.zeros((n, n), np.float32)
-    out = np.zeros((n, n), np.float32)
+def psf_at(spline, sums, u, v, dx, dy, moved, rows, out):  # type: ignore[no-untyped-def]
+    """Write the polynomial PSF at normalised (u, v), moved by (dx, dy), to ``out``; its sum before moving is one.
+
+    ``spline`` holds the terms' spline coefficients, ``sums`` the terms' sums; ``moved`` and ``rows`` are scratch.
+    """
+    terms, n = spline.shape[0], spline.shape[1]
+    factor = np.array([1.0, u, v, u * u, u * v, v * v])
+    total = 0.0
+    for k in range(terms):
+        total += factor[k] * sums[k]
     for j in range(n):
         for i in range(n):
-            total = np.float32(0)
-            for a in range(6):
-                k = i + ix + a - 2
-                if 0 <= k < n:
-                    total += wx[a] * stamp[j, k]
-            rows[j, i] = total
-    for j in range(n):
-        for b in range(6):
-            k = j + iy + b - 2
-            if 0 <= k < n:
-                for i in range(n):
-                    out[j, i] += wy[b] * rows[k, i]
-    return out
-
-
-@njit(cache=True)
-def psf_stamp(coefficients, u, v, dx, dy, table):  # type: ignore[no-untyped-def]
-    """Evaluate the polynomial PSF at normalised (u, v), shifted by (dx, dy), with sum one."""
-    terms, n = coefficients.shape[0], coefficients.shape[1]
-    stamp = coefficients[0].copy()
-    if terms >= 3:
-        stamp += np.float32(u) * coefficients[1] + np.float32(v) * coefficients[2]
-    if terms >= 6:
-        stamp += (
-            np.float32(u * u) * coefficients[3]
-            + np.float32(u * v) * coefficients[4]
-            + np.float32(v * v) * coefficients[5]
-        )
-    if dx != 0.0 or dy != 0.0:
-        stamp = shift_stamp(stamp, dx, dy, table)
-    total = np.float64(0)
-    for j in range(n):
-        for i in range(n):
-            total += stamp[j, i]
-    return stamp / np.float32(total)
+            value = 0.0
+            for k in range(terms):
+                value += factor[k] * spline[k, j, i]
+            moved[j, i] = value / total
+    move(moved, dx, dy, rows, out)
 
 
 def fwhm_of(stamp: NDArray[np.floating]) -> float:
@@ -115,6 +83,10 @@ class PsfModel:
         Stars used.
     residual
         rms of (star − model) over the core in units of the peak, the noise of the pixels included.
+    total
+        Light of a star in its stamp: less than one where the stamp leaves wings out that count for its flux.
+    spline, sums
+        Spline coefficients and sums of the terms, divided by ``total``; made here.
     """
 
     coefficients: FloatImage
@@ -122,6 +94,14 @@ class PsfModel:
     fwhm_px: float
     n_stars: int = 0
     residual: float = 0.0
+    total: float = 1.0
+    spline: Floats = field(init=False, repr=False, compare=False)
+    sums: Floats = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "spline", spline_coefficients(self.coefficients))
+        sums = self.coefficients.sum(axis=(1, 2), dtype=np.float64) / self.total
+        object.__setattr__(self, "sums", sums)
 
     @property
     def size(self) -> int:
@@ -139,21 +119,22 @@ class PsfModel:
         return min(max(u, -1.1), 1.1), min(max(v, -1.1), 1.1)
 
     def stamp(self, x: float, y: float) -> FloatImage:
-        """PSF of a star at (x, y): float32 (n, n), sum one.
+        """PSF of a star at (x, y): float32 (n, n), sum ``total``.
 
         The middle pixel of the stamp is the pixel (round(x), round(y)); the star's centre lies off it by the
         fraction, as it does in the image.
         """
-        u, v = self._uv(x, y)
-        dx, dy = float(x - math.floor(x + 0.5)), float(y - math.floor(y + 0.5))
-        stamp: FloatImage = psf_stamp(self.coefficients, u, v, dx, dy, _TABLE)
-        return stamp
+        return self._moved(x, y, float(x - math.floor(x + 0.5)), float(y - math.floor(y + 0.5)))
 
     def centred(self, x: float, y: float) -> FloatImage:
-        """PSF near (x, y), centred on the middle pixel: float32 (n, n), sum one."""
+        """PSF near (x, y), centred on the middle pixel: float32 (n, n), sum ``total``."""
+        return self._moved(x, y, 0.0, 0.0)
+
+    def _moved(self, x: float, y: float, dx: float, dy: float) -> FloatImage:
         u, v = self._uv(x, y)
-        stamp: FloatImage = psf_stamp(self.coefficients, u, v, 0.0, 0.0, _TABLE)
-        return stamp
+        filtered, rows, out = np.empty((3, self.size, self.size))
+        psf_at(self.spline, self.sums, u, v, dx, dy, filtered, rows, out)
+        return out.astype(np.float32)
 
     def effective_area(self, x: float, y: float) -> float:
         """Pixels of noise in a PSF flux: 1 / Σ P²."""
@@ -259,27 +240,25 @@ def _isolated(
 
 
 @njit(cache=True)
-def _cut(image, mask, bad_bits, x, y, n, table):  # type: ignore[no-untyped-def]
-    """Centred, flux-normalised stamps; refines the centre by a windowed centroid. flux 0 = rejected."""
+def _cut(image, mask, bad_bits, x, y, n):  # type: ignore[no-untyped-def]
+    """Stamps of n + 6 pixels around the pixels of (x, y) without the level around the star; and whether they are good."""
     count, half = x.size, n // 2
-    stamps = np.zeros((count, n, n), np.float32)
-    flux = np.zeros(count)
-    peak = np.zeros(count)
-    cx, cy = x.copy(), y.copy()
     big = n + 6
     reach = big // 2
+    stamps = np.zeros((count, big, big))
+    good = np.zeros(count, np.bool_)
     for k in range(count):
-        ok = True
-        ix, iy = int(np.floor(cx[k] + 0.5)), int(np.floor(cy[k] + 0.5))
+        ix, iy = int(np.floor(x[k] + 0.5)), int(np.floor(y[k] + 0.5))
         if ix < reach or iy < reach or ix >= image.shape[1] - reach or iy >= image.shape[0] - reach:
             continue
-        box = image[iy - reach : iy + reach + 1, ix - reach : ix + reach + 1].copy()
+        good[k] = True
         for j in range(-half, half + 1):
             for i in range(-half, half + 1):
                 if mask[iy + j, ix + i] & bad_bits:
-                    ok = False
-        if not ok:
+                    good[k] = False
+        if not good[k]:
             continue
+        box = image[iy - reach : iy + reach + 1, ix - reach : ix + reach + 1]
         # ring outside the star: what the background model left
         ring = np.empty(4 * n, np.float32)
         m = 0
@@ -287,19 +266,28 @@ def _cut(image, mask, bad_bits, x, y, n, table):  # type: ignore[no-untyped-def]
             ring[m], ring[m + 1] = box[3, 3 + i], box[big - 4, 3 + i]
             ring[m + 2], ring[m + 3] = box[3 + i, 3], box[3 + i, big - 4]
             m += 4
-        box -= np.median(ring)
-        shifted = shift_stamp(box, ix - cx[k], iy - cy[k], table)
-        stamp = shifted[3 : 3 + n, 3 : 3 + n].copy()
-        total = np.float64(0)
-        for j in range(n):
-            for i in range(n):
-                total += stamp[j, i]
-        if total <= 0 or not np.isfinite(total):
-            continue
-        flux[k] = total
-        peak[k] = stamp[half, half]
-        stamps[k] = stamp / np.float32(total)
-    return stamps, flux, peak
+        stamps[k] = box - np.median(ring)
+    return stamps, good
+
+
+@njit(cache=True)
+def _centre(spline, x, y):  # type: ignore[no-untyped-def]
+    """Stamps moved so that (x, y) lies in the middle of their middle pixel, without their outer three pixels, sum one.
+
+    Returns
+    -------
+    The stamps and their sums; a sum that is not positive marks a stamp that is no star's.
+    """
+    count, big = spline.shape[0], spline.shape[1]
+    out, flux = np.zeros((count, big - 6, big - 6), np.float32), np.zeros(count)
+    rows, moved = np.empty((big, big)), np.empty((big, big))
+    for k in range(count):
+        move(spline[k], np.floor(x[k] + 0.5) - x[k], np.floor(y[k] + 0.5) - y[k], rows, moved)
+        total = moved[3:-3, 3:-3].sum()
+        if total > 0 and np.isfinite(total):
+            flux[k] = total
+            out[k] = moved[3:-3, 3:-3] / total
+    return out, flux
 
 
 @njit(cache=True)
@@ -390,11 +378,13 @@ def fit_psf(
     xs, ys = np.ascontiguousarray(x, np.float64), np.ascontiguousarray(y, np.float64)
     pixels = np.ascontiguousarray(image, np.float32)
     xs, ys = windowed_centroid(pixels, xs, ys, max(fwhm_px, 1.5) / 2.3548, 8)
-    stamps, flux, peak = _cut(pixels, mask, np.uint16(bad_bits), xs, ys, n, _TABLE)
+    boxes, good = _cut(pixels, mask, np.uint16(bad_bits), xs, ys, n)
+    xs, ys = xs[good], ys[good]
+    stamps, flux = _centre(spline_coefficients(boxes[good]), xs, ys)
     good = flux > 0
     if not good.any():
-        raise UnprocessableDataError(f"PSF: none of {xs.size} stars has a clean stamp of {n} x {n} pixels")
-    stamps, flux, peak = stamps[good], flux[good], peak[good]
+        raise UnprocessableDataError(f"PSF: none of {np.size(x)} stars has a clean stamp of {n} x {n} pixels")
+    stamps, flux = stamps[good], flux[good]
     u, v = normalised(xs[good], ys[good], (image.shape[0], image.shape[1]))
     # relative error of a normalised pixel: sky noise plus 1 % of model error keeps bright stars from ruling
     weight = 1.0 / ((noise / flux) ** 2 * n * n + 1e-2**2)

@@ -13,14 +13,12 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from cumbre.payloads.kernels.psf import shift_stamp
-from cumbre.payloads.kernels.warp import lanczos_table
+from cumbre.payloads.kernels.shift import move, spline_coefficients
 
 Floats = NDArray[np.float64]
 RESIDUAL_CELLS, RESIDUAL_STEP = 7, 0.55
 """Cells a side of the coarse residual, and their size in FWHM."""
 TEMPLATE_CELLS, TEMPLATE_STEP = 5, 0.8
-_TABLE = lanczos_table()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,17 +72,18 @@ def _coarse(values, weights, dx, dy, half, cells, step, out):  # type: ignore[no
 
 @njit(cache=True)
 def _stamps(  # type: ignore[no-untyped-def]
-    image, variance, bad, template, x, y, flux, sign, which, stamps, fwhm, table, residual, light, numbers
+    image, variance, bad, template, x, y, flux, sign, which, splines, fwhm, residual, light, numbers
 ):
     ny, nx = image.shape
-    size = stamps.shape[1]
+    size = splines.shape[1]
+    rows, psf = np.empty((size, size)), np.empty((size, size))
     half = size // 2
     data, weight = np.empty((size, size)), np.empty((size, size))
     star = np.empty((size, size))
     for k in range(x.size):
         ix, iy = int(np.floor(x[k] + 0.5)), int(np.floor(y[k] + 0.5))
         dx, dy = x[k] - ix, y[k] - iy
-        psf = shift_stamp(stamps[which[k]], dx, dy, table)
+        move(splines[which[k]], dx, dy, rows, psf)
         top = 0.0
         for j in range(size):
             for i in range(size):
@@ -136,9 +135,10 @@ def _stamps(  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _changes(image, variance, bad, template, x, y, which, stamps, fwhm, table, out):  # type: ignore[no-untyped-def]
+def _changes(image, variance, bad, template, x, y, which, splines, fwhm, out):  # type: ignore[no-untyped-def]
     ny, nx = image.shape
-    size = stamps.shape[1]
+    size = splines.shape[1]
+    rows, psf = np.empty((size, size)), np.empty((size, size))
     half = size // 2
     reach = max(2, int(np.floor(1.6 * fwhm + 0.5)))
     fit = min(half - 1, int(np.ceil(1.5 * fwhm + 1)))
@@ -163,7 +163,7 @@ def _changes(image, variance, bad, template, x, y, which, stamps, fwhm, table, o
                 dx = min(max(0.5 * (template[by, bx - 1] - template[by, bx + 1]) / curve_x, -0.5), 0.5)
             if curve_y < 0:
                 dy = min(max(0.5 * (template[by - 1, bx] - template[by + 1, bx]) / curve_y, -0.5), 0.5)
-        psf = shift_stamp(stamps[which[k]], dx, dy, table)
+        move(splines[which[k]], dx, dy, rows, psf)
         normal, right = np.zeros((4, 4)), np.zeros(4)
         noise = np.zeros((4, 4))
         t_up, t_down = 0.0, 0.0
@@ -251,9 +251,10 @@ def describe_stamps(
         )  # fmt: skip
         sign = np.where(is_negative, -1.0, 1.0)
         index = np.ascontiguousarray(which, np.int64)
+        splines = spline_coefficients(stamps)
         _stamps(
-            *planes, xs, ys, np.ascontiguousarray(flux, np.float64), sign, index, stamps, float(fwhm), _TABLE,
+            *planes, xs, ys, np.ascontiguousarray(flux, np.float64), sign, index, splines, float(fwhm),
             residual, light, numbers,
         )  # fmt: skip
-        _changes(*planes, xs, ys, index, stamps, float(fwhm), _TABLE, changes)
+        _changes(*planes, xs, ys, index, splines, float(fwhm), changes)
     return residual, light, numbers, StarChange(*(changes[:, k] for k in range(8)))
