@@ -18,7 +18,6 @@ from cumbre.core.geometry import sky_from_pixel
 from cumbre.core.instrument import load_instrument
 from cumbre.payloads.kernels.wcs import PlaneWcs
 from support.archive_world import pixel_value, raw_array
-from support.s3 import endpoint
 
 CAMERA = load_instrument("democam")
 CHIP = CAMERA.detector(0)
@@ -26,18 +25,12 @@ SIDE, SCALE = 2048, 0.2 / 3600
 WCS = PlaneWcs.linear(10.0, 20.0, SIDE / 2, SIDE / 2, [[-SCALE, 0], [0, SCALE]])
 
 
-@pytest.fixture(scope="module")
-def bucket(tmp_path_factory):
+@pytest.fixture
+def bucket(s3_bucket):
     import boto3
 
-    with pytest.MonkeyPatch.context() as patch, endpoint(tmp_path_factory.mktemp("s3")) as url:
-        patch.setenv("S3_ENDPOINT_URL", url)
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test-secret")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        client = boto3.client("s3", endpoint_url=url)
-        client.create_bucket(Bucket="images")
-        yield lambda name, path: (client.upload_file(str(path), "images", name), f"s3://images/{name}")[1]
+    client = boto3.client("s3", endpoint_url=os.environ["S3_ENDPOINT_URL"], region_name="us-east-1")
+    return lambda name, path: (client.upload_file(str(path), s3_bucket, name), f"s3://{s3_bucket}/{name}")[1]
 
 
 @pytest.fixture(scope="module")
@@ -108,16 +101,17 @@ def test_amplifiers_of_a_remote_raw_file(bucket, tmp_path):
 
 
 def test_what_is_not_there_or_cut_off_is_said(bucket, exposure, tmp_path):
-    with pytest.raises(NotFoundError), opened("s3://images/none.fits"):
-        pass
     (tmp_path / "cut.fits").write_bytes(exposure.read_bytes()[:1_000_000])
-    for path in (bucket("cut.fits", tmp_path / "cut.fits"), tmp_path / "none.fits"):
+    cut = bucket("cut.fits", tmp_path / "cut.fits")
+    with pytest.raises(NotFoundError), opened(cut.replace("cut.fits", "none.fits")):
+        pass
+    for path in (cut, tmp_path / "none.fits"):
         with pytest.raises((BadFileError, NotFoundError)):
             exposure_cutout(path, None)
     files = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
         with pytest.raises(BadFileError):
-            exposure_cutout("s3://images/cut.fits", None)
+            exposure_cutout(cut, None)
     assert len(os.listdir("/proc/self/fd")) <= files + 1  # nothing stays open
     assert is_remote("s3://x/y")
     with opened(exposure) as file, pytest.raises(NotFoundError):
