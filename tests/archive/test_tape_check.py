@@ -221,16 +221,18 @@ def test_damage_is_told_to_the_ledger_and_repaired_from_another_place(
     assert ledger.copies("base_tape")[4]["path"] == new.place
 
 
+@pytest.mark.parametrize("key", [key_of(1), key_of(1).rpartition("/")[0] + f"/{obs_id(1)}_header.json"])
 def test_a_running_writer_serves_the_repair(
-    filled: Site, run: Callable[..., Result], bus: Bus, clock: Clock
+    filled: Site, run: Callable[..., Result], bus: Bus, clock: Clock, key: str
 ) -> None:
     index, _ = view_tape(filled, "base")
-    rot(filled, index.entry(key_of(1)))
+    rot(filled, index.entry(key))
     with running(TapeWriter(site=filled, bus=bus, clock=clock, place="base")):
         until(lambda: filled.path("base/taped/lock").exists())
         result = run("verify", "--repair", "--json")
     assert result.exit_code == 0, result.output
-    assert view_tape(filled, "base")[0].entry(key_of(1)).replaces
+    assert view_tape(filled, "base")[0].entry(key).replaces
+    assert not list(filled.path("base/taped/rewrites").iterdir())
 
 
 def test_without_a_good_copy_anywhere_it_says_so(filled: Site, run: Callable[..., Result], bus: Bus) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -101,3 +105,58 @@ def test_a_tape_that_is_away_is_written_when_it_is_back(running, place):
         running.until(lambda: running.has("at_archive", taken))  # the tape holds up nothing else
         assert not running.has(f"{place}_tape", taken)
     running.nothing_is_lost(taken)
+
+
+def verify_tape(running, place, *words):
+    done = subprocess.run(
+        [Path(sys.executable).parent / "cumbre", "tape", "verify", "--site", running.site.root, "--place", place,
+         "--json", *words],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return done.returncode, json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("place", ["base", "archive"])
+def test_rotten_bytes_on_tape_are_found_by_verify_and_written_again(running, place):
+    taken = running.take(1)
+    running.nothing_is_lost(taken)
+    with running.fault("rotten_tape", f"{place}/tape"):
+        code, report = verify_tape(running, place)
+        assert code == 1
+        assert "damaged" in {finding["problem"] for finding in report["findings"]}
+    code, report = verify_tape(running, place, "--repair")
+    assert code == 0, report
+    assert any(finding["repaired_from"] for finding in report["findings"])
+    assert verify_tape(running, place)[0] == 0
+    running.nothing_is_lost(taken)
+
+
+@pytest.mark.parametrize("lost", [0.0, 1.0])
+@pytest.mark.parametrize("store", ["summit/buffer", "base/buffer-2"])
+def test_a_broken_store_of_the_outage_buffer_is_done_without(running, store, lost):
+    """The link is down, one store goes, its process dies: the other store has everything and is told so."""
+    link, pair = ("summit-base", "replicator-1") if "summit" in store else ("base-archive", "forwarder-1")
+    place, _, folder = store.partition("/")
+    other = f"{place}/{'buffer-2' if folder == 'buffer' else 'buffer'}"
+    alarm = f"buffer-{place}-1-store-{1 if folder == 'buffer' else 2}"
+
+    def is_told():
+        last = running.bus.latest("Storage.alarm", key=alarm)
+        return bool(last and last.fields["active"])
+
+    with running.fault("link_down", link):
+        taken = running.take(1)
+        running.until(lambda: kept(running, other, taken[0]) and kept(running, store, taken[0]))
+        with running.fault("buffer_store_away", store, lost=lost):
+            running.kill(pair)
+            taken += running.take(1)
+            running.until(lambda: kept(running, other, taken[1]))
+            running.until(is_told)
+    running.nothing_is_lost(taken)
+    running.until(lambda: not is_told(), what=f"{alarm} does not end")
+
+
+def kept(running, store, obs_id):
+    """Whether a store has every detector of an image, of all pairs together."""
+    found = {path.name for path in running.site.path(store).glob(f"pair-*/data/**/{obs_id}_*.fits")}
+    return len(found) == len(running.instrument.detectors)

@@ -194,7 +194,9 @@ def test_exposures_that_never_ended_are_listed(site: Site) -> None:
     assert prove(site).ok
 
 
-TARGETS = Targets(["a", "b", "prompt"], ["x-y"], ["site", "base/raw"], ["base/tape"], ["R00_S00"])
+TARGETS = Targets(
+    ["a", "b", "prompt"], ["x-y"], ["site", "base/raw"], ["base/tape"], ["R00_S00"], ["base/buffer"]
+)
 
 
 def plan(seed: int, seconds: float = 600.0, targets: Targets = TARGETS) -> list[dict[str, object]]:
@@ -217,6 +219,6 @@ def test_every_kind_of_fault_comes_within_one_deck_and_ends_in_time() -> None:
 
 def test_what_a_site_does_not_have_is_not_broken() -> None:
     kinds = {fault.kind for fault in make_plan(3, 600.0, Targets(["a"], [], [], [], ["R00_S00"]))}
-    assert not any(kind.startswith(("link", "disk", "tape")) for kind in kinds)
+    assert not any(kind.startswith(("link", "disk", "tape", "rotten_tape", "buffer")) for kind in kinds)
     assert "kill_worker" not in kinds
     assert "kill_service" in kinds

@@ -71,6 +71,11 @@ class Report:
     findings: list[Finding] = field(default_factory=list)
 
     @property
+    def damaged(self) -> list[tuple[Finding, TapeEntry]]:
+        """Findings that are of one file each: a new copy of it can be written."""
+        return [(finding, finding.entry) for finding in self.findings if finding.entry is not None]
+
+    @property
     def is_good(self) -> bool:
         """Whether nothing is in danger."""
         return all(finding.problem in HARMLESS for finding in self.findings)

@@ -1,6 +1,6 @@
 """Damaged copies on a tape are written again at its end, from a verified copy; the old ones stay where they are.
 
-Who verifies a tape puts requests beside its state: ``rewrites/<name>`` is the good copy, ``<name>.json`` says
+Who verifies a tape puts requests beside its state: ``rewrites/<name>`` is the good copy, ``<name>.request`` says
 what it stands for and is written last. The one writer of the tape serves them.
 """
 
@@ -18,6 +18,8 @@ from cumbre.stores.files import copy_verified, write_atomic
 log = logging.getLogger(__name__)
 
 FOLDER = "rewrites"
+REQUEST = ".request"
+"""No file that goes to tape has a name that ends so: a sidecar is a ``.json`` itself."""
 
 
 def request_rewrite(state: Path, damaged: TapeEntry, good: Path | bytes) -> Path:
@@ -34,7 +36,7 @@ def request_rewrite(state: Path, damaged: TapeEntry, good: Path | bytes) -> Path
     elif write_atomic(path, good).sha256 != damaged.sha256:
         path.unlink()
         raise BadFileError(f"{damaged.key}: the copy offered has another checksum")
-    request = path.with_name(f"{path.name}.json")
+    request = path.with_name(path.name + REQUEST)
     body = {"key": damaged.key, "sha256": damaged.sha256, "replaces": damaged.place}
     write_atomic(request, json.dumps(body).encode())
     return request
@@ -49,12 +51,14 @@ def serve_rewrites(tape: TapeArchive, state: Path) -> list[TapeEntry]:
         The tape cannot be written now; the requests stay.
     """
     written: list[TapeEntry] = []
-    for request in sorted((state / FOLDER).glob("*.json")):
-        source = request.with_name(request.name.removesuffix(".json"))
+    for request in sorted((state / FOLDER).glob(f"*{REQUEST}")):
+        source = request.with_name(request.name.removesuffix(REQUEST))
         try:
             body = json.loads(request.read_bytes())
             old = tape.entry(body["key"])
-            if old.place == body["replaces"]:
+            if not source.exists():
+                log.error("%s: the copy offered is gone", request)
+            elif old.place == body["replaces"]:
                 tape.append(old.key, source, body["sha256"], sky=old.sky, replaces=old.place)
         except (ConflictError, BadFileError, ValueError, KeyError, TypeError) as error:
             log.error("%s: %s", request, error)

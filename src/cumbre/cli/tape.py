@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +18,9 @@ from cumbre.core.errors import CumbreError, NotFoundError, UserError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from cumbre.archive.tape_check import Report
     from cumbre.archive.tape_index import TapeEntry, TapeIndex
 
 _place = click.option("--place", default="archive", show_default=True, help="Place of the tape.")
-SERVED_S = 60.0
 
 
 def _selection[**P, R](command: Callable[P, R]) -> Callable[P, R]:
@@ -143,8 +140,9 @@ def verify(folder: Path, place: str, repair: bool, with_ledger: bool, as_json: b
       cumbre tape verify --site ./site --place base
       cumbre tape verify --site ./site --place archive --repair --json
     """
-    from cumbre.archive import tape_check
+    from cumbre.archive import tape_check, tape_repair
     from cumbre.archive.tape import view_tape
+    from cumbre.site.roles import open_site_bus, open_site_clock
 
     site = _site(folder, place)
     index, shelf = view_tape(site, place)
@@ -152,9 +150,13 @@ def verify(folder: Path, place: str, repair: bool, with_ledger: bool, as_json: b
     told = tape_check.told_by(ledger, place) if ledger is not None else None
     with byte_bar("verify", tape_check.total_bytes(index), quiet=as_json) as progress:
         report = tape_check.verify(index, shelf, told, progress)
-    _tell_damage(site, place, report)
-    if repair:
-        _repair(site, place, report)
+    if report.damaged:
+        clock = open_site_clock(site)
+        with open_site_bus(site, f"tape-{place}") as bus:
+            tape_repair.tell_damage(site, place, report, bus=bus, clock=clock)
+            without = tape_repair.repair(site, place, report, bus=bus, clock=clock) if repair else []
+        for key in without:
+            click.echo(f"{key}: no good copy on this site; ship one (cumbre ship import)", err=True)
     rows = [finding.row() for finding in report.findings]
     left = [
         finding for finding in report.findings
@@ -202,65 +204,3 @@ def _select(index: TapeIndex, wanted: dict[str, Any]) -> list[TapeEntry]:
     if not found:
         raise NotFoundError("nothing on this tape fulfils the conditions")
     return found
-
-
-def _tell_damage(site: Site, place: str, report: Report) -> None:
-    """Tell the ledger of each damaged copy."""
-    from cumbre.capture.hops import detector_ids, hop_fields, piece_of, publish_hops
-    from cumbre.capture.keys import RawKey
-    from cumbre.core.errors import BadFileError
-    from cumbre.site.roles import open_site_bus, open_site_clock
-
-    damaged = [finding for finding in report.findings if finding.entry is not None]
-    if not damaged:
-        return
-    ids, clock, hops = detector_ids(site.config), open_site_clock(site), []
-    for finding in damaged:
-        key = RawKey.parse(finding.key)
-        if key.is_detector:
-            piece = piece_of(key.instrument, key.obs_id, key.part, ids)
-            hops.append(
-                hop_fields(
-                    clock,
-                    piece,
-                    f"{place}_tape",
-                    place=place,
-                    outcome=BadFileError.outcome,
-                    path=finding.place,
-                    message=finding.message,
-                )
-            )
-    with open_site_bus(site, "tape-verify") as bus:
-        publish_hops(bus, hops)
-
-
-def _repair(site: Site, place: str, report: Report) -> None:
-    """Ask the tape's writer for new copies; where none runs, be it for a moment."""
-    from cumbre.archive.tape import tape_state
-    from cumbre.archive.tape_check import good_copy
-    from cumbre.archive.tape_rewrite import request_rewrite
-    from cumbre.archive.tape_writer import TapeWriter
-    from cumbre.site.roles import open_site_bus, open_site_clock
-
-    waiting = {}
-    for finding in report.findings:
-        if finding.entry is None:
-            continue
-        found = good_copy(site, place, finding.entry)
-        if found is None:
-            click.echo(f"{finding.key}: no good copy on this site; ship one (cumbre ship import)", err=True)
-            continue
-        waiting[request_rewrite(tape_state(site, place), finding.entry, found[0])] = (finding, found[1])
-    end = time.monotonic() + SERVED_S
-    bus = open_site_bus(site, f"tape-{place}")
-    writer = TapeWriter(site=site, bus=bus, clock=open_site_clock(site), place=place)
-    try:
-        while any(request.exists() for request in waiting) and time.monotonic() < end:
-            writer.serve_rewrites()  # does nothing while the service holds the tape: then that one serves
-            time.sleep(0.2)
-    finally:
-        writer.close()
-        bus.close()
-    for request, (finding, origin) in waiting.items():
-        if not request.exists():
-            finding.repaired = origin

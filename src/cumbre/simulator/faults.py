@@ -21,8 +21,9 @@ from typing import Any
 
 import psutil
 
+from cumbre.archive.tape import view_tape
 from cumbre.core.configuration import Site
-from cumbre.core.errors import NotFoundError, UserError
+from cumbre.core.errors import CumbreError, NotFoundError, UserError
 from cumbre.core.time import Clock
 from cumbre.simulator.camera import GARBAGE, SILENT, break_sensors, broken_sensors
 from cumbre.simulator.network import control_link
@@ -83,6 +84,11 @@ class FaultInjector:
         Gives the present processes: role (also ``postgres`` and ``supervisor``) → pid.
     chance
         Chooses bytes and files; not what happens when.
+
+    Attributes
+    ----------
+    rotten_tape
+        Where on tapes bytes were changed, as their entries' ``place``.
     """
 
     def __init__(self, site: Site, *, pids: Callable[[], dict[str, int]], chance: random.Random) -> None:
@@ -100,7 +106,9 @@ class FaultInjector:
             "link_corrupt": lambda f: self._link(f, corrupt=f.details["part"]),
             "disk_full": self._fill,
             "rotten_file": self._rot,
-            "tape_away": self._tape_away,
+            "rotten_tape": self._rot_tape,
+            "tape_away": self._folder_away,
+            "buffer_store_away": self._folder_away,
             "clock_step": self._step_clock,
             "sensor_silent": lambda f: self._sensor(f, SILENT),
             "sensor_garbage": lambda f: self._sensor(f, GARBAGE),
@@ -114,12 +122,14 @@ class FaultInjector:
             "link_flapping": self._link_up,
             "link_corrupt": self._link_up,
             "disk_full": self._empty,
-            "tape_away": self._tape_back,
+            "tape_away": self._folder_back,
+            "buffer_store_away": self._folder_back,
             "clock_step": self._clock_back,
             "sensor_silent": self._sensor_back,
             "sensor_garbage": self._sensor_back,
             "bus_locked": self._unlock_bus,
         }
+        self.rotten_tape: set[str] = set()
         self._stopped: dict[Fault, list[psutil.Process]] = {}
         self._stepped: dict[Fault, tuple[Clock, set[int]]] = {}
         self._locks: dict[Fault, sqlite3.Connection] = {}
@@ -235,10 +245,26 @@ class FaultInjector:
             raise Skipped(f"{path} had just gone") from None
         return f"{path.relative_to(self.site.root)} byte {offset}"
 
-    def _tape_away(self, fault: Fault) -> str:
+    def _rot_tape(self, fault: Fault) -> str:
+        """One byte of a file on a volume: of what was written last, where the writer is at work."""
+        folder = self.site.path(fault.target)
+        place = next(name for name, item in self.site.config.places.items() if item.tape == fault.target)
+        try:
+            index, _ = view_tape(self.site, place)
+            entries = [entry for entry in index.entries.values() if entry.place not in self.rotten_tape]
+            if not entries:
+                raise Skipped(f"{folder} is empty")
+            entry = self._chance.choice(entries[-40:])
+            offset = flip_bit(folder / entry.volume, self._chance, entry.offset, entry.size)
+        except (CumbreError, OSError) as error:
+            raise Skipped(str(error)) from None
+        self.rotten_tape.add(entry.place)  # volumes are named after their place
+        return f"{entry.key} on {entry.volume}, byte {offset}"
+
+    def _folder_away(self, fault: Fault) -> str:
         folder = self.site.path(fault.target)
         if folder.is_mount():
-            # What happens when a tape file system drops out: below its mount point is an empty folder.
+            # What happens when a file system drops out: below its mount point is an empty folder.
             subprocess.run(["mount", "-t", "tmpfs", "-o", "ro,size=4k", "none", str(folder)], check=True)
             return "an empty read-only folder lies over it"
         if not folder.is_dir():
@@ -246,16 +272,20 @@ class FaultInjector:
         folder.rename(folder.with_name(folder.name + AWAY))
         return "folder moved away"
 
-    def _tape_back(self, fault: Fault) -> None:
+    def _folder_back(self, fault: Fault) -> None:
         folder = self.site.path(fault.target)
         away = folder.with_name(folder.name + AWAY)
         if away.is_dir():
             if folder.is_dir():
-                # Written in its absence: a tape that comes back hides this, as a mount would.
+                # Written in its absence: the disk that comes back hides this, as a mount would.
                 folder.rename(folder.with_name(f"{folder.name}.interim-{time.monotonic_ns()}"))
             away.rename(folder)
         else:
             subprocess.run(["umount", "-l", str(folder)], check=True)
+        if fault.details.get("lost"):
+            # An empty disk in the place of the one that broke.
+            for item in folder.iterdir():
+                shutil.rmtree(item) if item.is_dir() else item.unlink()
 
     # clock
 
@@ -312,15 +342,14 @@ class FaultInjector:
 
 KINDS = (
     "kill_service", "kill_database", "kill_supervisor", "kill_worker", "hang_service", "hang_database",
-    "link_down", "link_slow", "link_flapping", "link_corrupt", "disk_full", "rotten_file", "tape_away",
-    "clock_step", "sensor_silent", "sensor_garbage", "bus_locked",
+    "link_down", "link_slow", "link_flapping", "link_corrupt", "disk_full", "rotten_file", "rotten_tape", "tape_away",
+    "buffer_store_away", "clock_step", "sensor_silent", "sensor_garbage", "bus_locked",
 )  # fmt: skip
 
 
-def flip_bit(path: Path, chance: random.Random) -> int:
-    """Flip one bit of a file in place; gives the byte's offset."""
-    size = path.stat().st_size
-    offset = chance.randrange(size)
+def flip_bit(path: Path, chance: random.Random, begin: int = 0, length: int | None = None) -> int:
+    """Flip one bit of a file, or of a part of it, in place; gives the byte's offset."""
+    offset = begin + chance.randrange(path.stat().st_size if length is None else length)
     with path.open("r+b") as stream:
         stream.seek(offset)
         value = stream.read(1)[0]

@@ -21,6 +21,8 @@ from typing import Any
 
 import yaml
 
+from cumbre.archive import tape_check, tape_repair
+from cumbre.archive.tape import view_tape
 from cumbre.core.configuration import SITE_FILE, Site, parse_site
 from cumbre.core.errors import CumbreError, UserError
 from cumbre.simulator.faults import (
@@ -36,7 +38,7 @@ from cumbre.site.chaos_causing import Causing, Journal
 from cumbre.site.chaos_plan import Targets, make_plan
 from cumbre.site.profiles import create_site
 from cumbre.site.proof import Piece, Proof, outstanding, prove, taken_images
-from cumbre.site.roles import site_database
+from cumbre.site.roles import open_site_bus, open_site_clock, site_database
 from cumbre.site.supervisor import postgres_pid, read_state, start_detached, stop_site
 from cumbre.stores.files import write_atomic
 
@@ -155,6 +157,8 @@ def chaos_site(root: Path, seed: int, minutes: float, *, small_disks: bool = Tru
     data["retention"] = data["retention"] | {"scrub_every_s": 10}
     for link in data["links"]:
         link["timeout_s"] = 5.0
+        store = data["places"][link["source"]]["buffer"]
+        data["places"][link["source"]]["buffer"] = [store, f"{store}-2"]
     text = yaml.safe_dump(data, sort_keys=False)
     parse_site(text, str(root / SITE_FILE))
     write_atomic(root / SITE_FILE, text.encode())
@@ -328,7 +332,7 @@ class Chaos:
             self._watcher.start()
             causing.run(self.plan, self.seconds)
             self._stop_observing()
-            proof, caught_up = self._settle()
+            proof, caught_up = self._settle(injector.rotten_tape)
         finally:
             self._watcher.end()
             keeper.end()
@@ -349,7 +353,7 @@ class Chaos:
             time.sleep(POLL_S)
         self._say(f"{len(taken_images(self.site))} images taken; no faults any more; catching up")
 
-    def _settle(self) -> tuple[Proof, bool]:
+    def _settle(self, rotten_tape: set[str]) -> tuple[Proof, bool]:
         """Wait until the ledger owes nothing, then prove; what can still heal gets time until the deadline."""
         deadline = time.monotonic() + max(CATCH_UP_S, self.seconds / 6)
         said: int | None = None
@@ -363,7 +367,9 @@ class Chaos:
                 self._say(f"{said} detector images still owed")
             if (left is not None and not left) or late:
                 try:
+                    unexplained = self._verify_tapes(rotten_tape)
                     proof = prove(self.site, site_database(self.site))
+                    proof.books += unexplained
                 except CumbreError as error:
                     if late:
                         raise
@@ -379,3 +385,26 @@ class Chaos:
                     return proof, proof.ok
                 time.sleep(5 * POLL_S)
             time.sleep(POLL_S)
+
+    def _verify_tapes(self, rotten: set[str]) -> list[str]:
+        """What an operator does about rotten tapes: verify, repair. Gives damage that no fault explains."""
+        unexplained: list[str] = []
+        if not rotten:
+            return unexplained
+        for place, settings in self.site.config.places.items():
+            if settings.tape is None:
+                continue
+            report = tape_check.verify(*view_tape(self.site, place))
+            unexplained += [
+                f"tape of {place}: {finding.problem}: {finding.key} {finding.place}: {finding.message}"
+                for finding in report.findings
+                if finding.place not in rotten
+            ]
+            if report.damaged:
+                clock = open_site_clock(self.site)
+                with open_site_bus(self.site, f"tape-{place}") as bus:
+                    tape_repair.tell_damage(self.site, place, report, bus=bus, clock=clock)
+                    tape_repair.repair(self.site, place, report, bus=bus, clock=clock)
+                mended = sum(bool(finding.repaired) for finding, _ in report.damaged)
+                self._say(f"tape of {place}: {len(report.damaged)} files rotten, {mended} written again")
+        return unexplained

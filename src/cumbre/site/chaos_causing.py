@@ -78,7 +78,8 @@ class Causing:
         try:
             while (now := time.monotonic()) - begun < seconds or active:
                 for fault, since in list(active):
-                    self._injector.tick(fault, now - since)
+                    with contextlib.suppress(OSError):  # a full disk: at the next tick again
+                        self._injector.tick(fault, now - since)
                     if now - since < fault.lasts_s:
                         continue
                     # Counted from the first try: filling a disk may have kept this loop busy for long.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cumbre.core.configuration import Site
 from cumbre.core.instrument import load_instrument
@@ -15,15 +15,15 @@ MEAN_GAP_S = 3.5
 DECK = (
     ("kill_service", 8), ("hang_service", 3), ("kill_worker", 1), ("kill_database", 1), ("hang_database", 1),
     ("kill_supervisor", 1), ("link_down", 2), ("link_slow", 1), ("link_flapping", 1), ("link_corrupt", 2),
-    ("disk_full", 2), ("rotten_file", 2), ("tape_away", 1), ("clock_step", 1), ("sensor_silent", 1),
-    ("sensor_garbage", 1), ("bus_locked", 1),
+    ("disk_full", 2), ("rotten_file", 2), ("rotten_tape", 1), ("tape_away", 1), ("buffer_store_away", 1),
+    ("clock_step", 1), ("sensor_silent", 1), ("sensor_garbage", 1), ("bus_locked", 1),
 )  # fmt: skip
 """How often each kind comes in a full deck."""
 LASTS_S: dict[str, tuple[float, float]] = {
     "hang_service": (1.0, 8.0), "hang_database": (1.0, 5.0), "link_down": (3.0, 15.0), "link_slow": (5.0, 15.0),
     "link_flapping": (5.0, 12.0), "link_corrupt": (5.0, 12.0), "disk_full": (2.0, 8.0), "tape_away": (3.0, 10.0),
-    "clock_step": (5.0, 15.0), "sensor_silent": (4.0, 15.0), "sensor_garbage": (4.0, 15.0),
-    "bus_locked": (1.0, 6.0),
+    "buffer_store_away": (3.0, 12.0), "clock_step": (5.0, 15.0), "sensor_silent": (4.0, 15.0),
+    "sensor_garbage": (4.0, 15.0), "bus_locked": (1.0, 6.0),
 }  # fmt: skip
 
 
@@ -36,6 +36,8 @@ class Targets:
     disks: list[str]
     tapes: list[str]
     sensors: list[str]
+    buffers: list[str] = field(default_factory=list)
+    """Stores of which a buffer has two."""
 
     @classmethod
     def of(cls, site: Site) -> Targets:
@@ -46,8 +48,9 @@ class Targets:
             roles=roles_of(site),
             links=[f"{link.source}-{link.target}" for link in site.config.links],
             disks=[WHOLE_SITE, *STORES] if can_mount() else [],
-            tapes=[place.tape for place in places.values() if place.tape],
+            tapes=[place.tape for place in places.values() if place.tape and "://" not in place.tape],
             sensors=[detector.name for detector in instrument.detectors],
+            buffers=[store for place in places.values() if len(place.buffers) > 1 for store in place.buffers],
         )
 
 
@@ -71,12 +74,13 @@ def make_plan(seed: int, seconds: float, targets: Targets) -> list[Fault]:
 
 
 def _deck(chance: random.Random, targets: Targets) -> Iterator[str]:
-    absent = {"link_" * (not targets.links), "disk_" * (not targets.disks), "tape_" * (not targets.tapes)} - {
-        ""
-    }
-    cards = [kind for kind, count in DECK for _ in range(count) if not kind.startswith(tuple(absent) or "-")]
-    if "prompt" not in targets.roles:
-        cards = [kind for kind in cards if kind != "kill_worker"]
+    has = {
+        "link": bool(targets.links), "disk_full": bool(targets.disks), "tape_away": bool(targets.tapes),
+        "rotten_tape": bool(targets.tapes), "buffer_store": bool(targets.buffers),
+        "kill_worker": "prompt" in targets.roles,
+    }  # fmt: skip
+    absent = tuple(kind for kind, is_there in has.items() if not is_there)
+    cards = [kind for kind, count in DECK for _ in range(count) if not kind.startswith(absent)]
     while True:
         yield from chance.sample(cards, len(cards))
 
@@ -105,8 +109,10 @@ def _aim(
             return chance.choice(targets.disks), {}
         case "rotten_file":
             return chance.choice(CACHES), {}
-        case "tape_away":
+        case "tape_away" | "rotten_tape":
             return chance.choice(targets.tapes), {}
+        case "buffer_store_away":
+            return chance.choice(targets.buffers), {"lost": float(chance.random() < 0.5)}
         case "sensor_silent" | "sensor_garbage":
             return chance.choice(targets.sensors), {}
         case "bus_locked":
