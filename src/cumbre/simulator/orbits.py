@@ -11,15 +11,25 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cumbre.core.sun_moon import OBLIQUITY_J2000_DEG, TT_MINUS_TAI_S
+from cumbre.core.sun_moon import TT_MINUS_TAI_S
 from cumbre.core.time import SECONDS_PER_DAY
+from cumbre.payloads.solar_system.kepler import (
+    AU_KM,
+    GAUSS_K,
+    GM_SUN,
+    LIGHT_DAYS_PER_AU,
+    ecliptic_from_equatorial,
+    equatorial_from_ecliptic,
+    hg_magnitude,
+    orbit_axes,
+)
+
+__all__ = [
+    "AU_KM", "GAUSS_K", "GM_SUN", "Apparition", "Elements", "earth_position", "eccentric_anomaly",
+    "ecliptic_from_equatorial", "elements_from_state", "equatorial_from_ecliptic", "magnitude", "observe", "state",
+]  # fmt: skip
 
 FloatArray = NDArray[np.float64]
-GAUSS_K = 0.01720209895
-"""Square root of the sun's gravity in au^1.5 / day."""
-GM_SUN = GAUSS_K**2
-AU_KM = 149597870.7
-LIGHT_DAYS_PER_AU = 499.004784 / SECONDS_PER_DAY
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,20 +62,6 @@ def eccentric_anomaly(mean_anomaly: ArrayLike, e: ArrayLike) -> FloatArray:
     return np.asarray(anomaly)
 
 
-def equatorial_from_ecliptic(position: FloatArray) -> FloatArray:
-    """Turn (n, 3) vectors from the ecliptic to the equator of J2000."""
-    tilt = np.deg2rad(OBLIQUITY_J2000_DEG)
-    x, y, z = position[..., 0], position[..., 1], position[..., 2]
-    return np.stack([x, y * np.cos(tilt) - z * np.sin(tilt), y * np.sin(tilt) + z * np.cos(tilt)], axis=-1)
-
-
-def ecliptic_from_equatorial(position: FloatArray) -> FloatArray:
-    """Turn (n, 3) vectors from the equator to the ecliptic of J2000."""
-    tilt = np.deg2rad(OBLIQUITY_J2000_DEG)
-    x, y, z = position[..., 0], position[..., 1], position[..., 2]
-    return np.stack([x, y * np.cos(tilt) + z * np.sin(tilt), z * np.cos(tilt) - y * np.sin(tilt)], axis=-1)
-
-
 def state(elements: Elements, tai_s: ArrayLike) -> tuple[FloatArray, FloatArray]:
     """Heliocentric position (au) and velocity (au/day), shape (n, 3), ecliptic of J2000.
 
@@ -78,20 +74,10 @@ def state(elements: Elements, tai_s: ArrayLike) -> tuple[FloatArray, FloatArray]
     cos, sin = np.cos(anomaly), np.sin(anomaly)
     minor = np.sqrt(1 - el.e**2)
     rate = motion / (1 - el.e * cos)
-    p, q = _axes(el)
+    p, q = orbit_axes(el.inclination, el.node, el.perihelion)
     position = (el.a * (cos - el.e))[:, None] * p + (el.a * minor * sin)[:, None] * q
     velocity = (-el.a * sin * rate)[:, None] * p + (el.a * minor * cos * rate)[:, None] * q
     return position, velocity
-
-
-def _axes(el: Elements) -> tuple[FloatArray, FloatArray]:
-    """Unit vectors towards perihelion and 90 degrees ahead of it, shape (n, 3)."""
-    cw, sw = np.cos(el.perihelion), np.sin(el.perihelion)
-    cn, sn = np.cos(el.node), np.sin(el.node)
-    ci, si = np.cos(el.inclination), np.sin(el.inclination)
-    p = np.stack([cw * cn - sw * sn * ci, cw * sn + sw * cn * ci, sw * si], axis=-1)
-    q = np.stack([-sw * cn - cw * sn * ci, -sw * sn + cw * cn * ci, cw * si], axis=-1)
-    return p, q
 
 
 def elements_from_state(position: FloatArray, velocity: FloatArray, epoch_tai: float) -> Elements:
@@ -155,11 +141,4 @@ def observe(elements: Elements, tai_s: float, observer_km: FloatArray) -> Appari
 
 def magnitude(h: FloatArray, seen: Apparition, slope: float = 0.15) -> FloatArray:
     """Apparent V magnitude of absolute magnitudes ``h`` (Bowell et al. 1989, H–G)."""
-    tangent = np.tan(0.5 * seen.phase_angle)
-    phase1 = np.exp(-3.33 * tangent**0.63)
-    phase2 = np.exp(-1.87 * tangent**1.22)
-    return np.asarray(
-        h
-        + 5 * np.log10(seen.sun_distance * seen.distance)
-        - 2.5 * np.log10((1 - slope) * phase1 + slope * phase2)
-    )
+    return hg_magnitude(h, slope, seen.sun_distance, seen.distance, seen.phase_angle)
