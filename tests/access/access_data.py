@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cumbre.access.engines import Engines
+from cumbre.access.engines.postgres_functions import prepare
 from cumbre.access.query import run
 from cumbre.access.tables import Column, Position, Schema, Table, Tables
 from cumbre.stores.postgres import Database
@@ -25,7 +26,7 @@ COLUMNS = (
     Column("kind", "char", "*", description="star, galaxy or nothing"),
     Column("flag", "boolean"),
     Column("night", "int"),
-    Column("outline", "double", "*", "polygon", unit="deg"),
+    Column("outline", "double", "*", "polygon", unit="deg", indexed=True),
     Column("hpx29", "long"),
 )
 
@@ -118,7 +119,9 @@ def in_postgres(db: Database) -> Place:
     plain = sky()
     rows = zip(*(column.to_pylist() for column in plain.columns), strict=True)
     db.copy("cat.stars", plain.column_names, rows)
+    prepare(db)
     db.execute("CREATE INDEX ON cat.stars (hpx29)")
+    db.execute("CREATE INDEX ON cat.stars USING gist (adql.region_key(outline))")
     db.execute("CREATE TABLE cat.kinds (kind text, label text, size int)")
     db.copy("cat.kinds", KINDS.column_names, zip(*(c.to_pylist() for c in KINDS.columns), strict=True))
     db.execute("ANALYZE")

@@ -46,6 +46,8 @@ relaxed = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
 )
 
+few = settings(relaxed, max_examples=12)
+
 
 def check(places: list[Place], condition: str, inside: np.ndarray, sure: np.ndarray) -> None:
     wanted, unsure = set(IDS[inside & sure].tolist()), set(IDS[~sure].tolist())
@@ -92,9 +94,9 @@ def test_boxes(places: list[Place], ra: float, dec: float, width: float, height:
 
 
 @st.composite
-def polygons(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
+def polygons(draw: st.DrawFn, largest: float = 60) -> tuple[np.ndarray, np.ndarray]:
     """Corners around a centre at random distances: any simple shape, convex or not, in either direction."""
-    ra, dec, size = draw(longitudes), draw(latitudes), draw(st.floats(0.05, 60))
+    ra, dec, size = draw(longitudes), draw(latitudes), draw(st.floats(0.05, largest))
     count = draw(st.integers(3, 9))
     angles = np.sort(draw(st.lists(st.floats(0, 2 * np.pi), min_size=count, max_size=count, unique=True)))
     reach = np.radians(size) * np.array(draw(st.lists(st.floats(0.1, 1), min_size=count, max_size=count)))
@@ -114,15 +116,18 @@ def polygons(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
 
 
 def winding(points: np.ndarray, corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Turns of a polygon about each point, by the angles between its corners as seen from there; and how sure."""
-    total = np.zeros(len(points))
-    nearest = np.full(len(points), 180.0)
+    """Turns of polygons about points, by the angles between corners as seen from there; and how sure.
+
+    Many points and one polygon, or one point and many polygons (corners of shape (corner, polygon, 3)).
+    """
+    total, nearest = np.zeros(1), np.full(1, 180.0)
     for one, other in zip(corners, np.roll(corners, -1, axis=0), strict=True):
         u, v = np.cross(points, one), np.cross(points, other)
-        total += np.arctan2(np.sum(np.cross(u, v) * points, axis=1), np.sum(u * v, axis=1))
+        total = total + np.arctan2(np.sum(np.cross(u, v) * points, axis=-1), np.sum(u * v, axis=-1))
         normal = np.cross(one, other)
-        normal /= np.linalg.norm(normal)
-        nearest = np.minimum(nearest, np.abs(np.degrees(np.arcsin(np.clip(points @ normal, -1, 1)))))
+        normal /= np.linalg.norm(normal, axis=-1, keepdims=True)
+        away = np.clip(np.sum(points * normal, axis=-1), -1, 1)
+        nearest = np.minimum(nearest, np.abs(np.degrees(np.arcsin(away))))
     return np.abs(total) > np.pi, nearest > 1e-7
 
 
@@ -162,3 +167,89 @@ def test_matches(places: list[Place], positions: list[tuple[float, float]], radi
         )
         assert len(rows) == len(set(rows))
         assert set(rows) - unsure == wanted - unsure
+
+
+FLAT = np.array(sky().column("outline").to_pylist()).reshape(len(IDS), 4, 2)
+OUTLINES = vectors(FLAT[..., 0], FLAT[..., 1])
+MIDDLES = OUTLINES.sum(axis=1) / np.linalg.norm(OUTLINES.sum(axis=1), axis=-1, keepdims=True)
+PLAIN = (FLAT[..., 1].max(axis=1) < 89) & (FLAT[..., 1].min(axis=1) > -89)
+"""Outlines that do not end at a pole, where two corners are one."""
+
+
+def edges_of(corners: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    return list(zip(corners, np.roll(corners, -1, axis=0), strict=True))
+
+
+def to_edge(point: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Degrees from a point to arcs: to the foot of the perpendicular when it is on the arc, else to an end."""
+    normal = np.cross(one, other)
+    normal /= np.linalg.norm(normal, axis=-1, keepdims=True)
+    foot = point - np.sum(point * normal, axis=-1, keepdims=True) * normal
+    foot /= np.linalg.norm(foot, axis=-1, keepdims=True)
+    on = np.isclose(angle(one, foot) + angle(foot, other), angle(one, other), atol=1e-9)
+    return np.where(on, angle(point, foot), np.minimum(angle(point, one), angle(point, other)))
+
+
+@given(longitudes, latitudes, st.floats(1e-4, 20), st.booleans())
+@few
+def test_stored_outlines_and_circles(
+    places: list[Place], ra: float, dec: float, radius: float, inside: bool
+) -> None:
+    """The column of regions is found by its index in one engine and by circles around it in the other."""
+    centre = vectors(np.array(ra), np.array(dec))
+    corners = OUTLINES.transpose(1, 0, 2)
+    to_edges = np.min([to_edge(centre, one, other) for one, other in edges_of(corners)], axis=0)
+    turns, sure = winding(centre[None], corners)
+    within = turns & (MIDDLES @ centre > 0)
+    farthest = angle(OUTLINES, centre).max(axis=1)
+    if inside:
+        condition = f"1 = CONTAINS(outline, CIRCLE({ra!r}, {dec!r}, {radius!r}))"
+        found, distance = farthest <= radius, farthest
+    else:
+        condition = f"INTERSECTS(CIRCLE({ra!r}, {dec!r}, {radius!r}), outline) = 1"
+        found, distance = within | (to_edges <= radius), to_edges
+    check(places, condition, found, PLAIN & (sure | (to_edges > 1e-6)) & (np.abs(distance - radius) > 1e-6))
+
+
+@given(polygons(largest=12))
+@few
+def test_stored_outlines_and_polygons(places: list[Place], corners: tuple[np.ndarray, np.ndarray]) -> None:
+    ra, dec = corners
+    edges = vectors(ra, dec)
+    middle = edges.sum(axis=0) / np.linalg.norm(edges.sum(axis=0))
+    assume((edges @ middle).min() > 0.05)
+    found, sure = np.zeros(len(IDS), bool), PLAIN.copy()
+    for i in range(4):
+        turns, clear = winding(OUTLINES[:, i], edges)
+        found |= turns & (OUTLINES[:, i] @ middle > 0)
+        sure &= clear
+    for corner in edges:
+        turns, clear = winding(corner[None], OUTLINES.transpose(1, 0, 2))
+        found |= turns & (MIDDLES @ corner > 0)
+        sure &= clear
+    for one, other in edges_of(edges):
+        for first, second in edges_of(OUTLINES.transpose(1, 0, 2)):
+            meeting = np.cross(np.cross(one, other), np.cross(first, second))
+            meeting /= np.linalg.norm(meeting, axis=-1, keepdims=True)
+            for point in (meeting, -meeting):
+                on_one = np.isclose(angle(one, point) + angle(point, other), angle(one, other), atol=1e-9)
+                on_two = np.isclose(
+                    angle(first, point) + angle(point, second), angle(first, second), atol=1e-9
+                )
+                found |= on_one & on_two
+    listed = ", ".join(f"{a!r}, {b!r}" for a, b in zip(ra.tolist(), dec.tolist(), strict=True))
+    check(places, f"1 = INTERSECTS(outline, POLYGON({listed}))", found, sure)
+
+
+def test_a_point_just_inside_a_corner_finds_the_outline(places: list[Place]) -> None:
+    """As far from the middle as can be: what the index must not lose."""
+    rng = np.random.default_rng(5)
+    for row in rng.choice(np.flatnonzero(PLAIN), 40, replace=False):
+        near = 0.001 * MIDDLES[row] + 0.999 * OUTLINES[row, rng.integers(4)]
+        ra, dec = (
+            np.degrees(np.arctan2(near[1], near[0])),
+            np.degrees(np.arcsin(near[2] / np.linalg.norm(near))),
+        )
+        for place in places:
+            found = place.rows(f"SELECT id FROM stars WHERE 1 = CONTAINS(POINT({ra}, {dec}), outline)")
+            assert (IDS[row],) in found, (place.name, ra, dec)

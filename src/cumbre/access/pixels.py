@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 
 ORDER = 29
 MAX_RANGES = 32
+SIZES = 19
+"""Classes of regions by size: radius up to 2^(class - 12) degrees, from one arc second to 64 degrees."""
+_KEY_SHIFT, _KEY_ORDERS = 56, 6
 _MARGIN_DEG = 1e-7
 """Regions are covered a little larger: rounding must never lose a row."""
 
@@ -28,6 +31,27 @@ def circle_pixels(ra: float, dec: float, radius_deg: float) -> Ranges | None:
         1 << order, ra % 360.0, dec, radius, inclusive=True, fact=_fact(order), return_pixel_ranges=True
     )
     return _widen(found, order)
+
+
+def region_key_ranges(ra: float, dec: float, radius_deg: float) -> Ranges:
+    """Half-open ranges of the keys of all regions that may touch a circle.
+
+    A region's key is its size class (:data:`SIZES`, the largest for everything beyond) times 2^56, plus the order-26
+    pixel of its middle. A region of a class touches the circle only if its middle is nearer than both radii together.
+    """
+    out: Ranges = []
+    radius, before = max(radius_deg, 0.0), -1.0
+    near: Ranges | None = []
+    for size in range(SIZES):
+        # classes much smaller than the circle share their pixels
+        reach = max(radius + 2.0 ** (size - 12), 1.125 * radius)
+        if reach != before:
+            near, before = circle_pixels(ra, dec, reach), reach
+        first = size << _KEY_SHIFT
+        if near is None:  # as it is for every larger class
+            return [*out, (first, (SIZES + 1) << _KEY_SHIFT)]
+        out += [(first + (low >> _KEY_ORDERS), first + -(-high >> _KEY_ORDERS)) for low, high in near]
+    return [*out, (SIZES << _KEY_SHIFT, (SIZES + 1) << _KEY_SHIFT)]
 
 
 def polygon_pixels(ra: Sequence[float], dec: Sequence[float], *, convex: bool) -> Ranges | None:

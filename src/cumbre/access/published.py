@@ -14,6 +14,7 @@ from importlib import resources
 
 import yaml
 
+from cumbre.access.engines.postgres_functions import prepare as prepare_functions
 from cumbre.access.identity import COLLABORATION, EMBARGO
 from cumbre.access.tables import Column, ForeignKey, Position, Schema, Table, Tables
 from cumbre.access.user import User
@@ -45,6 +46,10 @@ PLAN_STEPS = (
     );
     CREATE INDEX plan_start ON access.plan (start_tai);
     CREATE TABLE access.setting (name text PRIMARY KEY, value text NOT NULL);
+    """,
+    """
+    CREATE INDEX image_region ON access.image USING gist (adql.region_key(region));
+    CREATE INDEX plan_region ON access.plan USING gist (adql.region_key(region));
     """,
 )
 _MJD = "({} / 86400.0 + 40587.0)"
@@ -87,6 +92,7 @@ def prepare(db: Database, *, observatory: str, authority: str) -> None:
     authority
         Of the identifiers of data sets, ``ivo://AUTHORITY?…``.
     """
+    prepare_functions(db)
     migrate(db, "access_published", PLAN_STEPS)
     for name, value in (("observatory", observatory), ("authority", authority)):
         set_setting(db, name, value)
@@ -148,7 +154,7 @@ def _standard_columns() -> dict[str, tuple[Column, ...]]:
                 Column(
                     label.lstrip("*"), kind, size or None, xtype, unit, ucd,
                     f"obscore:{utype}" if utype and name == "obscore" else utype, description, label.startswith("*"),
-                    label.lstrip("*") in ("obs_id", "t_min"), bool(utype),
+                    label.lstrip("*") in ("obs_id", "t_min", "s_region"), bool(utype),
                     "", "polygon" if xtype == "adql:REGION" else "",
                 )
             )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 from typing import ClassVar, override
 
+from cumbre.access.pixels import Ranges
 from cumbre.access.tables import Column
 
 
@@ -107,6 +108,11 @@ class Dialect(abc.ABC):
     def region(self, name: str, arguments: list[str]) -> str:
         """One of the functions of regions: contains, intersects, area, centroid."""
 
+    def region_near(self, array: str, keys: Ranges) -> str | None:
+        """A polygon's key of place and size is in one of the ranges; None where no index knows it."""
+        del array, keys
+        return None
+
     def logarithm(self, function: str, sql: str) -> str:
         """NULL where there is none."""
         return f"{function}(NULLIF(GREATEST({self.double(sql)}, 0), 0))"
@@ -201,6 +207,11 @@ class Postgres(Dialect):
     @override
     def region(self, name: str, arguments: list[str]) -> str:
         return f"adql.{name}({', '.join(arguments)})"
+
+    @override
+    def region_near(self, array: str, keys: Ranges) -> str | None:
+        ranges = ",".join(f"[{low},{high})" for low, high in keys)
+        return f"(adql.region_key({array}) && '{{{ranges}}}'::int8multirange)"
 
     @override
     def healpix(self, order: str, lon: str, lat: str) -> str:

@@ -124,6 +124,20 @@ def region_ranges(region: Geometry) -> Ranges | None:
     return None if shape is None else polygon_pixels(shape.ra, shape.dec, convex=shape.convex)
 
 
+def bounding_circle(region: Geometry) -> tuple[float, float, float] | None:
+    """Centre and radius, degrees, of a circle around a region whose numbers are known; None when they are not."""
+    if isinstance(region, Point) and is_constant(region.lon, region.lat):
+        return _number(region.lon), _number(region.lat), 0.0
+    if isinstance(region, Circle) and is_constant(region.centre.lon, region.centre.lat, region.radius):
+        return _number(region.centre.lon), _number(region.centre.lat), _number(region.radius)
+    shape = constant_shape(region)
+    if shape is None:
+        return None
+    x, y, z = (float(part) for part in shape.centre)
+    reach = math.degrees(math.acos(max(-1.0, float((shape.vectors @ shape.centre).min()))))
+    return math.degrees(math.atan2(y, x)), math.degrees(math.asin(max(-1.0, min(1.0, z)))), reach
+
+
 def ranges_sql(pixel: str, ranges: Ranges) -> str:
     """The pixel is in one of the ranges."""
     if not ranges:

@@ -11,6 +11,7 @@ from cumbre.access.adql import tree
 from cumbre.access.adql.geometry import (
     ShapeError,
     array_sql,
+    bounding_circle,
     constant_shape,
     in_shape_sql,
     is_constant,
@@ -20,7 +21,7 @@ from cumbre.access.adql.geometry import (
 )
 from cumbre.access.adql.regions_text import parse_region
 from cumbre.access.adql.values import Box, Circle, Geometry, Point, Polygon, Stored, Value, values_of
-from cumbre.access.pixels import circle_pixels
+from cumbre.access.pixels import circle_pixels, region_key_ranges
 from cumbre.access.tables import Column
 
 if TYPE_CHECKING:
@@ -307,7 +308,9 @@ class GeometryBinder(abc.ABC):
         words = [self.dialect.string(shape_one), one, self.dialect.string(shape_two), two]
         name = "intersects" if touching else "contains"
         test = f.make(self.dialect.region(name, words), f.BOOLEAN, *values_of(first), *values_of(second))
-        return self._with_pixels(first, second, test) if isinstance(first, Point) else test
+        if isinstance(first, Point):
+            test = self._with_pixels(first, second, test)
+        return self._with_keys(first, second, self._with_keys(second, first, test))
 
     def _with_pixels(self, point: Point, region: Geometry, test: Value) -> Value:
         pixel = self.pixel_of(point)
@@ -315,6 +318,16 @@ class GeometryBinder(abc.ABC):
         if pixel is None or ranges is None:
             return test
         return f.make(f"({ranges_sql(pixel, ranges)} AND {test.sql})", f.BOOLEAN, test)
+
+    def _with_keys(self, stored: Geometry, other: Geometry, test: Value) -> Value:
+        """With the index of a column of regions, when it has one and the other region is known."""
+        if not (isinstance(stored, Stored) and stored.shape == "polygon" and stored.value.column.indexed):
+            return test
+        around = bounding_circle(other)
+        if around is None or not -90 <= around[1] <= 90:
+            return test
+        near = self.dialect.region_near(stored.value.sql, region_key_ranges(*around))
+        return test if near is None else f.make(f"({near} AND {test.sql})", f.BOOLEAN, test)
 
     def _near(
         self, node: tree.Expression | None, one: Point, other: Point, radius: Value, *, strict: bool

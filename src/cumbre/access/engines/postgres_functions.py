@@ -243,7 +243,46 @@ BEGIN
     RETURN ARRAY[lon - 360 * floor(lon / 360), degrees(atan2(s[3], sqrt(s[1] * s[1] + s[2] * s[2])))];
 END $$;
 """,
+    r"""
+CREATE FUNCTION adql.region_key(a float8[]) RETURNS int8range
+LANGUAGE plpgsql IMMUTABLE STRICT PARALLEL SAFE AS $$
+DECLARE c float8[]; m float8[]; reach float8 := 0; size integer; k bigint;
+BEGIN
+    IF array_length(a, 1) IS NULL OR array_length(a, 1) < 6 OR array_length(a, 1) % 2 = 1
+        OR array_position(a, NULL) IS NOT NULL OR '{Infinity,-Infinity}'::float8[] && a THEN RETURN NULL; END IF;
+    c := adql.corners(a); m := adql.middle(c);
+    FOR i IN 1 .. array_length(c, 1) LOOP
+        reach := greatest(reach, degrees(adql.angle(adql.corner(c, i), m)));
+    END LOOP;
+    reach := reach * (1 + 1e-9);
+    IF reach > 64 THEN size := 19;
+    ELSE size := greatest(0, ceil(12 + ln(greatest(reach, 1e-9)) / ln(2))::integer); END IF;
+    k := (size::bigint << 56)
+        + adql.healpix(26, degrees(atan2(m[2], m[1])), degrees(asin(greatest(-1, least(1, m[3])))));
+    RETURN CASE WHEN k IS NOT NULL THEN int8range(k, k, '[]') END;
+END $$;
+
+-- all_inside(p, q, false) is true when a corner of p is in q: the first version took it for the opposite
+CREATE OR REPLACE FUNCTION adql.intersects(one text, a float8[], other text, b float8[]) RETURNS boolean
+LANGUAGE plpgsql IMMUTABLE STRICT PARALLEL SAFE AS $$
+DECLARE v float8[]; p float8[]; q float8[];
+BEGIN
+    IF one = 'point' THEN RETURN adql.contains(one, a, other, b); END IF;
+    IF other = 'point' THEN RETURN adql.contains(other, b, one, a); END IF;
+    IF one = 'circle' AND other = 'circle' THEN RETURN adql.distance(a, b) <= a[3] + b[3]; END IF;
+    IF one = 'circle' THEN
+        v := adql.vector(a[1], a[2]); q := adql.corners(b);
+        RETURN adql.in_polygon(v, q) OR adql.edge_distance(v, q) <= a[3];
+    END IF;
+    IF other = 'circle' THEN RETURN adql.intersects(other, b, one, a); END IF;
+    p := adql.corners(a); q := adql.corners(b);
+    RETURN adql.all_inside(p, q, false) OR adql.all_inside(q, p, false) OR adql.edges_cross(p, q);
+END $$;
+""",
 )
+"""``region_key`` is a polygon's size (the power of two of degrees, plus 12, that its corners are from its middle, 19
+beyond 64 degrees) and the order-26 pixel of its middle, as a range of one number: a GiST index on it finds regions by place, see
+:func:`cumbre.access.pixels.region_key_ranges`."""
 
 
 def prepare(database: Database) -> None:
