@@ -8,7 +8,7 @@ import yaml
 from cumbre.bus import open_bus
 from cumbre.core.configuration import Site
 from cumbre.core.time import Clock, parse_isot, tai_from_utc
-from cumbre.orchestration import prompt
+from cumbre.orchestration import prompt, prompt_jobs
 from cumbre.orchestration.engine import InlineEngine
 from cumbre.orchestration.prompt import PromptService
 
@@ -72,7 +72,7 @@ class Led:
 
 @pytest.fixture
 def led(tmp_path, database, monkeypatch):
-    monkeypatch.setattr(prompt, "WORKER", "support.prompt_jobs")
+    monkeypatch.setattr(prompt_jobs, "WORKER", "support.prompt_jobs")
     made = Led(tmp_path, database)
     yield made
     made.service.close()
@@ -122,7 +122,7 @@ def test_what_a_former_control_system_says_late_does_not_count(led):
 
 
 def test_a_site_without_control_is_not_led(tmp_path, database, monkeypatch):
-    monkeypatch.setattr(prompt, "WORKER", "support.prompt_jobs")
+    monkeypatch.setattr(prompt_jobs, "WORKER", "support.prompt_jobs")
     alone = Led(tmp_path, database, control=False)
     alone.said("disabled")
     alone.visit("a")

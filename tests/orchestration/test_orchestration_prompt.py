@@ -11,7 +11,7 @@ from cumbre.bus import open_bus
 from cumbre.core.configuration import Site
 from cumbre.core.time import Clock, parse_isot, tai_from_utc
 from cumbre.observatory.visits import AnnouncedVisit
-from cumbre.orchestration import prompt
+from cumbre.orchestration import prompt, prompt_jobs
 from cumbre.orchestration.engine import InlineEngine
 from cumbre.orchestration.prompt import PromptService
 from cumbre.orchestration.prompt_state import (
@@ -151,7 +151,7 @@ def test_any_order_of_messages_processes_each_image_once(story):
 
 @pytest.fixture
 def site(tmp_path, monkeypatch):
-    monkeypatch.setattr(prompt, "WORKER", "support.prompt_jobs")
+    monkeypatch.setattr(prompt_jobs, "WORKER", "support.prompt_jobs")
     text = {
         "observatory": {"latitude_deg": -30.24, "longitude_deg": -70.74},
         "instruments": ["democam"],

@@ -214,6 +214,14 @@ class JobStore:
             (kind, since_tai),
         )
 
+    def count_open(self, kind: str) -> int:
+        """Jobs of a kind that have not ended."""
+        rows = self.db.execute(
+            "SELECT count(*) FROM orchestration.job WHERE state IN ('queued', 'running') AND kind = %s",
+            (kind,),
+        )
+        return int(rows[0][0])
+
     def get(self, job_id: str) -> dict[str, Any] | None:
         """Everything known of a job; None when there is none."""
         rows = self.db.query("SELECT * FROM orchestration.job WHERE id = %s", (job_id,))

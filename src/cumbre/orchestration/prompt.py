@@ -6,56 +6,68 @@ Workers return plain results; this process alone publishes them. What it must no
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import time
-from collections import deque
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections import Counter, deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cumbre.bus import Bus, Message
 from cumbre.core.configuration import Site
-from cumbre.core.errors import UnprocessableDataError, UserError
+from cumbre.core.errors import UnprocessableDataError
 from cumbre.core.ids import ObsId
 from cumbre.core.instrument import Instrument
 from cumbre.core.time import Clock
 from cumbre.observatory.control.following import Follower
-from cumbre.observatory.instruments import site_instruments
 from cumbre.observatory.visits import AnnouncedVisit
+from cumbre.orchestration.dispatch import OverloadPolicy, PoolRule
 from cumbre.orchestration.engine import ComputeEngine, DaskEngine
 from cumbre.orchestration.jobs import JobStore
-from cumbre.orchestration.manager import JobManager
-from cumbre.orchestration.models import DEADLINE, SUCCESS, FinishedJob, Job, Priority
+from cumbre.orchestration.manager import LIVE, JobManager
+from cumbre.orchestration.models import DEADLINE, DROPPED, KILLED, SAMPLED_OUT, FinishedJob, Job
+from cumbre.orchestration.prompt_jobs import (
+    MISSED,
+    PRELOAD,
+    PROCESS,
+    WORKER,
+    PromptJobs,
+    is_missed,
+    preload_id,
+    process_of,
+    work_of,
+)
 from cumbre.orchestration.prompt_state import (
     EXPIRY_S,
     DetectorImage,
     DropPreload,
     GiveUp,
     Instruction,
+    Miss,
     Preload,
     Process,
     PromptState,
     ReadOut,
     Reject,
+    Work,
 )
+from cumbre.orchestration.prompt_telling import Teller
 
 if TYPE_CHECKING:
     from cumbre.stores.postgres import Database
 
-PRELOAD = "prompt.preload"
-PROCESS = "prompt.process"
-WORKER = "cumbre.orchestration.prompt_worker"
 TOPICS = ["ScriptQueue.nextVisit", "ScriptQueue.nextVisitCanceled", "Camera.endReadout", "Image.hop"]
+SPARE, CATCH_UP = "spare", "catch-up"
+CATCH_UP_NICE = 10
 POOL_S = 2.0
 """Real seconds between two words to control of how many workers there are."""
 SLICE_S = 0.05
 """Real seconds of one wait: how late the two sources (bus, engine) can see one another's news."""
-QUALITY_FIELDS = (
-    "band", "seeing", "zeroPoint", "skyLevel", "skyNoise", "nStars", "astrometricRms",
-    "templateCoverage", "maskedFraction", "psfEllipticity", "limitingMagnitude", "nSources", "durationS",
-)  # fmt: skip
+VISITS = "ScriptQueue.nextVisit"
+CAUGHT_UP_TAG = "mode catch-up"
+"""What a distributor says with the arrival of a file that the Catch-Up Archiver sent."""
 log = logging.getLogger(__name__)
 
 
@@ -67,7 +79,8 @@ class PromptService:
     db
         Database of the jobs table; the workers reach Level 1 by its DSN.
     engine
-        Where jobs run; by default Dask as the site's configuration says.
+        Where jobs run, or pools by name (``live``, ``spare``, ``catch-up``); by default Dask as the site's
+        configuration says.
     """
 
     name = "prompt"
@@ -75,24 +88,27 @@ class PromptService:
     """What was taken from the bus and not yet done stays pending: the runner need not make it anew."""
 
     def __init__(
-        self, *, site: Site, bus: Bus, clock: Clock, db: Database, engine: ComputeEngine | None = None
-    ) -> None:
+        self, *, site: Site, bus: Bus, clock: Clock, db: Database,
+        engine: ComputeEngine | Mapping[str, ComputeEngine] | None = None,
+    ) -> None:  # fmt: skip
         self.site, self.bus, self.clock, self.db = site, bus, clock, db
         self.settings = site.config.prompt
-        self._instruments = site_instruments(site)
-        self.engine = engine or DaskEngine(
-            self.settings.cluster,
-            n_workers=self.settings.workers,
-            warm_up=f"{WORKER}:warm_up",
-            warm_payload={"site": str(site.root)},
-        )
+        self.jobs = PromptJobs(site, db.dsn)
+        self.teller = Teller(bus, clock)
+        if engine is None:
+            engine = self._own_pools()
+        self.engines = dict(engine) if isinstance(engine, Mapping) else {LIVE: engine}
         self.store = JobStore(db)
         self.state = PromptState(
-            {name: self._detectors(item, science=True) for name, (_, item) in self._instruments.items()},
+            {name: self._detectors(item, "SCIENCE") for name, (_, item) in self.jobs.instruments.items()},
             image_timeout_s=self.settings.image_timeout_s,
+            wavefront={
+                name: frozenset(self._detectors(item, "WAVEFRONT"))
+                for name, (_, item) in self.jobs.instruments.items()
+            },
             ignored={
-                name: frozenset(self._detectors(item, science=False))
-                for name, (_, item) in self._instruments.items()
+                name: frozenset(d.id for d in item.detectors if d.purpose not in ("SCIENCE", "WAVEFRONT"))
+                for name, (_, item) in self.jobs.instruments.items()
             },
         )
         self._subscription = bus.subscribe(TOPICS, start="now", consumer=self.name)
@@ -101,30 +117,59 @@ class PromptService:
         self._uncommitted = False
         self._leader = Follower(site, bus, "AlertProductionCluster")
         self._declined: dict[str, float] = {}
+        self._caught_up: dict[tuple[str, int], float] = {}
+        self._left: Counter[str] = Counter()
+        self._overload_told: dict[str, Any] = {}
         self._next_pool = 0.0
         self._restore()
-        self.manager = JobManager(self.store, self.engine, clock, owner=self.name)
-        for kind in (PRELOAD, PROCESS):
+        overload = self.settings.overload
+        self.manager = JobManager(
+            self.store, self.engines, clock, owner=self.name, light=[PRELOAD], rules=self._rules(idle=False),
+            policy=OverloadPolicy(overload.behind, overload.drop_above, overload.kill_after_s),
+        )  # fmt: skip
+        for kind in (PRELOAD, PROCESS, MISSED):
             for finished in self.store.unreported(kind):
                 self._report(finished)
 
+    def _own_pools(self) -> dict[str, ComputeEngine]:
+        """Dask as the configuration says."""
+        overload, later = self.settings.overload, self.settings.missed
+
+        def pool(address: str | None, workers: int, nice: int = 0) -> ComputeEngine:
+            return DaskEngine(
+                address, n_workers=workers, nice=nice, warm_up=f"{WORKER}:warm_up",
+                warm_payload={"site": str(self.site.root)},
+            )  # fmt: skip
+
+        made = {LIVE: pool(self.settings.cluster, self.settings.workers)}
+        if overload.spare_cluster or overload.spare_workers:
+            made[SPARE] = pool(overload.spare_cluster, overload.spare_workers)
+        if later.catch_up_workers:
+            made[CATCH_UP] = pool(None, later.catch_up_workers, CATCH_UP_NICE)
+        return made
+
     @staticmethod
-    def _detectors(instrument: Instrument, *, science: bool) -> dict[int, str]:
-        return {d.id: d.name for d in instrument.detectors if (d.purpose == "SCIENCE") is science}
+    def _detectors(instrument: Instrument, purpose: str) -> dict[int, str]:
+        return {d.id: d.name for d in instrument.detectors if d.purpose == purpose}
 
     def _restore(self) -> None:
         """Know again what was announced, read out and taken in before a restart."""
         now = self.clock.now_tai_s()
         since = now - EXPIRY_S
+        missed = self.store.payloads(MISSED, since)
+        for row in missed:
+            if row["payload"]["missed"] == SAMPLED_OUT:
+                self.state.leave_out(process_of(row["payload"]).image.unit, now)
         for row in self.store.payloads(PRELOAD, since):
             if row["state"] == "cancelled":
                 continue
             visit = AnnouncedVisit(**row["payload"]["visit"])
-            self.state.announced(visit, row["created_tai"], now)
+            self.state.announced(visit, row["created_tai"], now, work_of(row["payload"]))
         for message in self.bus.replay(["Camera.endReadout"], since_tai=since):
             self.state.read_out(_read_out(message), now)
-        for row in self.store.payloads(PROCESS, since):
-            self.state.at_archive(DetectorImage(**row["payload"]["image"]), now)
+        for row in (*self.store.payloads(PROCESS, since), *missed):
+            process = process_of(row["payload"])
+            self.state.at_archive(process.image, now, process.work)
 
     # -- the loop --
 
@@ -143,31 +188,68 @@ class PromptService:
     def close(self) -> None:
         """Stop the workers; unfinished jobs go on at the next start."""
         self._subscription.close()
-        self.engine.close()
+        for engine in self.engines.values():
+            engine.close()
+
+    def _rules(self, *, idle: bool) -> dict[str, PoolRule]:
+        """What each pool does now: offline work never takes a live worker while a visit is expected."""
+        when = self.settings.missed.when
+        by_mode = bool(self._leader.settings.get("missed", False))
+        later = self._leader.is_enabled and (when == "idle" or (when == "daytime" and by_mode))
+        rules = {
+            LIVE: PoolRule("always", offline=later and idle),
+            SPARE: PoolRule("behind", offline=later),
+            CATCH_UP: PoolRule("never", offline=True),
+        }
+        return {name: rules[name] for name in self.engines}
 
     def _tell_pool(self) -> None:
-        """Tell control how many workers there are."""
+        """Tell control how many workers there are, and everybody when they fall behind."""
         if time.monotonic() < self._next_pool:
             return
         self._next_pool = time.monotonic() + POOL_S
+        workers = {name: len(engine.workers()) for name, engine in self.engines.items()}
         self.bus.publish(
-            "AlertProductionCluster.pool",
-            {"workers": len(self.engine.workers()), "waiting": self.state.waiting},
+            "AlertProductionCluster.pool", {"workers": workers[LIVE], "waiting": self.state.waiting}
         )
+        dispatcher = self.manager.dispatcher
+        told = {
+            "behind": dispatcher.is_behind,
+            "dropped": self._left[DROPPED],
+            "killed": self._left[KILLED],
+            "late": self._left[DEADLINE],
+            "sampledOut": self._left[SAMPLED_OUT],
+            "missed": self.store.count_open(MISSED),
+        }
+        if told != self._overload_told:
+            self.bus.publish(
+                "Prompt.overload",
+                told
+                | {
+                    "waiting": dispatcher.waiting,
+                    "running": dispatcher.running,
+                    "workers": workers[LIVE],
+                    "spareWorkers": workers.get(SPARE, 0),
+                },
+            )
+            self._overload_told = told
 
-    def _takes(self, group_id: str, now_tai: float) -> bool:
-        """Whether a visit, or an image that nobody announced, may be taken up.
+    def _takes(self, unit: str, now_tai: float) -> bool:
+        """Whether a visit, or an image that nobody announced, may be taken up (perhaps to be left out).
 
-        Decided once a group: disabling the cluster does not end what the current visit still needs, and
+        Decided once a visit: disabling the cluster does not end what the current visit still needs, and
         enabling it does not begin in the middle of one.
         """
-        if group_id in self._declined:
+        if unit in self._declined:
             return False
-        if self.state.knows(group_id) or (self._leader.is_enabled and self._leader.mode_processes):
+        if self.state.knows(unit):
             return True
-        if not group_id:
-            return False  # no group to remember it by
-        self._declined[group_id] = now_tai
+        if self._leader.is_enabled and self._leader.mode_processes:
+            if self.manager.dispatcher.is_behind and not is_sampled(unit, self.settings.overload.sampling):
+                log.warning("%s left out: the workers are behind", unit)
+                self.state.leave_out(unit, now_tai)
+            return True
+        self._declined[unit] = now_tai
         if len(self._declined) > 10_000:
             self._declined = {g: t for g, t in self._declined.items() if now_tai - t < EXPIRY_S}
         return False
@@ -195,102 +277,86 @@ class PromptService:
     def _understand(self, message: Message, now_tai: float) -> list[Instruction]:
         fields = message.fields
         match message.topic:
-            case "ScriptQueue.nextVisit" if self._takes(fields["groupId"], now_tai):
-                return self.state.announced(AnnouncedVisit.from_fields(fields), message.snd_tai, now_tai)
+            case "ScriptQueue.nextVisit":
+                # in modes without visits nothing is prepared, nor declined: their images are taken up
+                if self._leader.settings.get("trigger", VISITS) == VISITS and self._takes(
+                    fields["groupId"], now_tai
+                ):
+                    visit = AnnouncedVisit.from_fields(fields)
+                    return self.state.announced(visit, message.snd_tai, now_tai, self._work())
             case "ScriptQueue.nextVisitCanceled":
                 return self.state.canceled(fields["groupId"])
             case "Camera.endReadout":
                 return self.state.read_out(_read_out(message), now_tai)
-            case "Image.hop" if (
-                fields["hop"] == "at_archive"
-                and fields["outcome"] == "ok"
-                and fields["detector"] >= 0
-                and self._takes(fields["groupId"], now_tai)
-            ):
-                return self.state.at_archive(_image(message), now_tai)
+            case "Image.hop" if fields["detector"] >= 0 and fields["outcome"] == "ok":
+                return self._hop(message, now_tai)
         return []
 
-    def _follow(self, instructions: Iterable[Instruction]) -> None:
+    def _hop(self, message: Message, now_tai: float) -> list[Instruction]:
+        """An image came to a place; what the Catch-Up Archiver brought anywhere on its way is remembered."""
+        fields = message.fields
+        key = fields["obsId"], fields["detector"]
+        if fields["hop"].startswith("at_") and fields["message"] == CAUGHT_UP_TAG:
+            self._caught_up[key] = now_tai
+            if len(self._caught_up) > 100_000:
+                self._caught_up = {k: t for k, t in self._caught_up.items() if now_tai - t < EXPIRY_S}
+        if fields["hop"] != "at_archive" or not self._takes(fields["groupId"] or fields["obsId"], now_tai):
+            return []
+        is_caught_up = self._caught_up.pop(key, None) is not None
+        return self.state.at_archive(_image(message), now_tai, self._work(), is_caught_up=is_caught_up)
+
+    def _work(self) -> Work:
+        return Work.of_mode(self._leader.mode, self._leader.settings)
+
+    def _follow(self, instructions: list[Instruction]) -> None:
+        """Make the jobs, then tell what none was made for: what is told is told once."""
         jobs: list[Job] = []
         for instruction in instructions:
             match instruction:
                 case Preload():
-                    jobs.append(self._preload_job(instruction))
+                    jobs.append(self.jobs.preload(instruction))
                 case Process():
                     # What waits to be prepared is prepared by the process job itself: no time for both.
-                    self.manager.cancel(_preload_id(instruction.image.group_id, instruction.image.detector))
-                    jobs.append(self._process_job(instruction))
+                    self.manager.cancel(preload_id(instruction.image.group_id, instruction.image.detector))
+                    jobs.append(self.jobs.process(instruction))
+                case Miss(process, outcome):
+                    jobs.append(self.jobs.missed(process, outcome))
                 case DropPreload(group_id, detector):
-                    self.manager.cancel(_preload_id(group_id, detector))
+                    self.manager.cancel(preload_id(group_id, detector))
+        if jobs:
+            self.manager.submit_all(jobs)
+        for instruction in instructions:
+            match instruction:
+                case Miss(process, outcome, reason):
+                    self._left[outcome] += 1
+                    self.teller.processed(process.image, outcome=outcome, message=reason)
                 case GiveUp(visit, detector, obs_id, reason):
                     if obs_id:
-                        self._tell_hop(
+                        self.teller.hop(
                             self._expected(visit, detector, obs_id),
                             "processed",
                             outcome=DEADLINE,
                             message=reason,
                         )
-                    self._tell_detector(
+                    self.teller.detector(
                         {"obsId": obs_id, "groupId": visit.group_id, "detector": detector},
                         outcome=DEADLINE,
                         message=reason,
                     )
                 case Reject(image, reason):
-                    self._tell_hop(image, "processed", outcome="UnprocessableData", message=reason)
-        if jobs:
-            self.manager.submit_all(jobs)
+                    self.teller.hop(image, "processed", outcome="UnprocessableData", message=reason)
 
     def _expected(self, visit: AnnouncedVisit, detector: int, obs_id: str) -> DetectorImage:
         """The image that did not come, so that the ledger can name it."""
-        name = self._instruments[visit.instrument][1].detector(detector).name
+        name = self.jobs.instruments[visit.instrument][1].detector(detector).name
         number = ObsId.parse(obs_id).exposure_id
         return DetectorImage(obs_id, visit.instrument, number, visit.group_id, detector, name, "", 0.0)
-
-    def _common(self, instrument: str) -> dict[str, Any]:
-        where, _ = self._instruments[instrument]
-        return {
-            "site": str(self.site.root),
-            "dsn": self.db.dsn,
-            "instrument": where,
-            "detection_sigma": self.settings.detection_sigma,
-            "reliability": self.settings.reliability,
-            "injection_fraction": self.settings.injection_fraction,
-        }
-
-    def _preload_job(self, instruction: Preload) -> Job:
-        visit, detector = instruction.visit, instruction.detector
-        return Job(
-            id=_preload_id(visit.group_id, detector),
-            kind=PRELOAD,
-            function=f"{WORKER}:preload",
-            payload=self._common(visit.instrument) | {"visit": asdict(visit), "detector": detector},
-            priority=Priority.PROMPT,
-            affinity=detector,
-            max_attempts=1,
-        )
-
-    def _process_job(self, instruction: Process) -> Job:
-        image, visit = instruction.image, instruction.visit
-        begun = instruction.read_out_tai or image.at_tai
-        return Job(
-            id=f"{PROCESS}/{image.obs_id}/{image.detector}",
-            kind=PROCESS,
-            function=f"{WORKER}:process",
-            payload=self._common(image.instrument)
-            | {
-                "image": asdict(image),
-                "visit": asdict(visit) if visit else None,
-                "read_out_tai": instruction.read_out_tai,
-            },
-            priority=Priority.PROMPT,
-            deadline_tai=begun + self.settings.deadline_s,
-            affinity=image.detector,
-            max_attempts=1 + self.settings.retries,
-        )
 
     # -- results --
 
     def _tell(self) -> int:
+        idle = self.manager.dispatcher.is_idle and not self.state.waiting
+        self.manager.rules = self._rules(idle=idle)
         self._finished.extend(self.manager.poll(0.0))
         told = 0
         while self._finished:
@@ -301,102 +367,30 @@ class PromptService:
 
     def _report(self, finished: FinishedJob) -> None:
         """Publish a result, then mark it told: dying between tells it twice, which the readers bear."""
-        if finished.job.kind == PROCESS:
+        if finished.job.kind == PRELOAD:
+            if not finished.result.is_success:
+                log.warning("%s: %s: %s", finished.job.id, finished.result.outcome, finished.result.message)
+        else:
             self._report_process(finished)
-        elif not finished.result.is_success:
-            log.warning("%s: %s: %s", finished.job.id, finished.result.outcome, finished.result.message)
         self.store.mark_reported([finished.job.id])
 
     def _report_process(self, finished: FinishedJob) -> None:
-        payload, result = finished.job.payload, finished.result
-        image, value = DetectorImage(**payload["image"]), result.value
-        now = self.clock.now_tai_s()
-        outcome = str(value.get("outcome", result.outcome))
-        message = str(value.get("message", "") or result.message)
-        latency = now - (payload["read_out_tai"] or image.at_tai)
-        loaded = value.get("preload") or {}
-        if loaded:
-            # In time: when the preparation's own job ended. Late: within this job, so by now.
-            ahead = (
-                None if loaded.get("is_late") else self.store.get(_preload_id(image.group_id, image.detector))
-            )
-            self._tell_hop(
-                image, "preloaded", outcome=SUCCESS, message=str(loaded.get("note", "")),
-                hop_tai=ahead["ended_tai"] if ahead and ahead["ended_tai"] else now,
-            )  # fmt: skip
-        self._tell_hop(image, "processed", outcome=outcome, message=message, attempt=finished.attempts)
-        self._tell_detector(
-            {
-                "obsId": image.obs_id,
-                "visit": image.exposure_id,
-                "detector": image.detector,
-                "groupId": image.group_id,
-                "nSources": int(value.get("n_sources", 0)),
-                "nAlerts": int(value.get("n_alerts", 0)),
-                "latencyS": latency,
-            },
-            outcome=outcome,
-            message=message,
-        )
-        self._tell_quality(image, value.get("quality") or {})
-        log.info(
-            "%s detector %d: %s, %d alerts, %.1f s after read-out (%.2f s of work)%s",
-            image.obs_id, image.detector, outcome, value.get("n_alerts", 0), latency, result.wall_s,
-            f": {message}" if message else "",
-        )  # fmt: skip
-
-    def _tell_quality(self, image: DetectorImage, measured: dict[str, Any]) -> None:
-        quality = {k: item for k, item in measured.items() if k in QUALITY_FIELDS and item is not None}
-        if not quality:
-            return
-        common = {
-            "visit": image.exposure_id,
-            "detector": image.detector,
-            "obsId": image.obs_id,
-            "instrument": image.instrument,
-        }
-        try:
-            self.bus.publish("Prompt.visitQuality", common | quality)
-        except (
-            UserError
-        ) as error:  # a number of another kind than the topic's: the result itself must be told
-            log.warning("%s detector %d: quality not published: %s", image.obs_id, image.detector, error)
-
-    def _tell_hop(
-        self,
-        image: DetectorImage,
-        hop: str,
-        *,
-        outcome: str,
-        message: str,
-        attempt: int = 1,
-        hop_tai: float | None = None,
-    ) -> None:
-        self.bus.publish(
-            "Image.hop",
-            {
-                "obsId": image.obs_id,
-                "instrument": image.instrument,
-                "exposureId": image.exposure_id,
-                "groupId": image.group_id,
-                "detector": image.detector,
-                "detectorName": image.detector_name,
-                "hop": hop,
-                "outcome": "ok" if outcome == SUCCESS else outcome,
-                "place": "archive",
-                "message": message[:1000],
-                "hopTai": self.clock.now_tai_s() if hop_tai is None else hop_tai,
-                "attempt": attempt,
-            },
-        )
-
-    def _tell_detector(self, fields: dict[str, Any], *, outcome: str, message: str) -> None:
-        told = fields | {"outcome": "ok" if outcome == SUCCESS else outcome, "message": message[:1000]}
-        self.bus.publish("Prompt.detectorProcessed", told)
+        image = DetectorImage(**finished.job.payload["image"])
+        # In time: when the preparation's own job ended. Late: within this job, so by now.
+        is_late = (finished.result.value.get("preload") or {}).get("is_late", True)
+        ahead = None if is_late else self.store.get(preload_id(image.group_id, image.detector))
+        if finished.job.kind == PROCESS and is_missed(finished):
+            outcome = finished.result.outcome
+            job = self.jobs.missed(process_of(finished.job.payload), outcome)
+            if self.store.add(job, self.clock.now_tai_s()):
+                self._left[outcome] += 1
+        self.teller.result(finished, prepared_tai=ahead["ended_tai"] if ahead else None)
 
 
-def _preload_id(group_id: str, detector: int) -> str:
-    return f"{PRELOAD}/{group_id}/{detector}"
+def is_sampled(unit: str, part: float) -> bool:
+    """Whether a visit is among the part that is processed: the same answer always."""
+    number = int.from_bytes(hashlib.sha256(unit.encode()).digest()[:8], "big")
+    return number < part * 2**64
 
 
 def _read_out(message: Message) -> ReadOut:

@@ -1,19 +1,59 @@
 """Prompt processing as a pure machine: messages in, instructions out, no I/O.
 
 A visit announced is prepared for each science detector at once. An image that reaches the archive is
-processed, announced or not, prepared or not, once. An announced visit without an image is given up after the
-read-out (or the announced end) plus the timeout; if the image comes even later it is processed all the same.
+processed, announced or not, prepared or not, once; one of a visit that was left out, or that the Catch-Up
+Archiver brought, is left for later. An announced visit without an image is given up after the read-out (or the
+announced end) plus the timeout; if the image comes even later it is processed all the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from cumbre.observatory.visits import AnnouncedVisit
+from cumbre.orchestration.models import CAUGHT_UP, SAMPLED_OUT
 
 EXPIRY_S = 3600.0
 """A nextVisit older than this is not prepared any more, and what is known of a visit is forgotten."""
+
+
+ALERTS, ISR = "alerts", "isr"
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What is done with images, by the mode in which they were taken up.
+
+    Attributes
+    ----------
+    kind
+        ``alerts``: everything up to alerts; ``isr``: instrument signature removal and quality numbers only.
+    corrections, psf
+        For ``isr``: calibrations to apply, and whether the PSF is measured.
+    wavefront
+        Whether wavefront sensors are processed, always as ``isr``.
+    mode
+        Name of the mode.
+    """
+
+    kind: str = ALERTS
+    corrections: tuple[str, ...] = ("bias", "dark", "flat", "fringe", "defects")
+    psf: bool = True
+    wavefront: bool = True
+    mode: str = ""
+
+    @classmethod
+    def of_mode(cls, mode: str, settings: Mapping[str, Any]) -> Work:
+        """From a mode's parameters of the Alert Production Cluster; {} without a control system."""
+        return cls(
+            kind=str(settings.get("processing", ALERTS)),
+            corrections=tuple(settings.get("corrections", cls().corrections)),
+            psf=bool(settings.get("psf", True)),
+            wavefront=bool(settings.get("wavefront", True)),
+            mode=mode,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +68,11 @@ class DetectorImage:
     detector_name: str
     path: str
     at_tai: float
+
+    @property
+    def unit(self) -> str:
+        """What it belongs to: its group, or itself when it has none."""
+        return self.group_id or self.obs_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +91,7 @@ class Preload:
     visit: AnnouncedVisit
     detector: int
     detector_name: str
+    work: Work = Work()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +101,16 @@ class Process:
     image: DetectorImage
     visit: AnnouncedVisit | None
     read_out_tai: float
+    work: Work = Work()
+
+
+@dataclass(frozen=True, slots=True)
+class Miss:
+    """Leave an image for later."""
+
+    process: Process
+    outcome: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +139,7 @@ class Reject:
     reason: str
 
 
-Instruction = Preload | Process | DropPreload | GiveUp | Reject
+Instruction = Preload | Process | Miss | DropPreload | GiveUp | Reject
 
 
 @dataclass(slots=True)
@@ -92,7 +148,10 @@ class _Group:
     waiting: dict[int, str] = field(default_factory=dict)
     """Detectors whose image is still expected: id → name."""
     obs_id: str = ""
-    read_out_tai: float = 0.0
+    read_outs: dict[str, float] = field(default_factory=dict)
+    """End of read-out of each of its exposures."""
+    work: Work | None = None
+    is_left_out: bool = False
     give_up_tai: float = float("inf")
     seen_tai: float = 0.0
     is_taken: bool = False
@@ -108,6 +167,8 @@ class PromptState:
         Instrument → {detector id: name} of its science detectors.
     image_timeout_s
         Night seconds after the end of read-out (or the announced end) without an image.
+    wavefront, ignored
+        Instrument → its wavefront sensors, and detectors that nothing is done with.
     """
 
     def __init__(
@@ -115,9 +176,11 @@ class PromptState:
         detectors: Mapping[str, Mapping[int, str]],
         *,
         image_timeout_s: float,
+        wavefront: Mapping[str, frozenset[int]] | None = None,
         ignored: Mapping[str, frozenset[int]] | None = None,
     ) -> None:
         self._detectors = detectors
+        self._wavefront = wavefront or {}
         self._ignored = ignored or {}
         self._timeout_s = image_timeout_s
         self._groups: dict[str, _Group] = {}
@@ -128,7 +191,13 @@ class PromptState:
         group.seen_tai = now_tai
         return group
 
-    def announced(self, visit: AnnouncedVisit, sent_tai: float, now_tai: float) -> list[Instruction]:
+    def leave_out(self, unit: str, now_tai: float) -> None:
+        """Process nothing of a visit now: it is not among those that are sampled."""
+        self._group(unit, now_tai).is_left_out = True
+
+    def announced(
+        self, visit: AnnouncedVisit, sent_tai: float, now_tai: float, work: Work | None = None
+    ) -> list[Instruction]:
         """Take in a nextVisit; one told twice, too old, or of another site's camera gives nothing."""
         detectors = self._detectors.get(visit.instrument)
         if detectors is None or now_tai - sent_tai > EXPIRY_S:
@@ -136,15 +205,17 @@ class PromptState:
         group = self._group(visit.group_id, now_tai)
         if group.visit is not None:
             return []
-        group.visit = visit
+        group.visit, group.work = visit, group.work or work or Work()
+        if group.is_left_out:
+            return []
         end = (visit.start_tai or sent_tai) + visit.duration_s
-        group.give_up_tai = (group.read_out_tai or end) + self._timeout_s
+        group.give_up_tai = max(group.read_outs.values(), default=end) + self._timeout_s
         group.waiting = {
             number: name
             for number, name in detectors.items()
             if not group.obs_id or (group.obs_id, number) not in self._seen
         }
-        return [Preload(visit, number, name) for number, name in group.waiting.items()]
+        return [Preload(visit, number, name, group.work) for number, name in group.waiting.items()]
 
     def canceled(self, group_id: str) -> list[Instruction]:
         """Take in a nextVisitCanceled: nothing is waited for; an image that comes all the same is processed."""
@@ -157,27 +228,51 @@ class PromptState:
 
     def read_out(self, event: ReadOut, now_tai: float) -> list[Instruction]:
         """Take in an end of read-out."""
-        group = self._group(event.group_id, now_tai)
-        group.obs_id, group.read_out_tai = event.obs_id, event.tai
+        group = self._group(event.group_id or event.obs_id, now_tai)
+        group.obs_id, group.read_outs[event.obs_id] = event.obs_id, event.tai
         group.give_up_tai = max(event.tai, now_tai) + self._timeout_s
         return []
 
-    def at_archive(self, image: DetectorImage, now_tai: float) -> list[Instruction]:
-        """Take in a file's arrival; the same file told again gives nothing."""
+    def at_archive(
+        self, image: DetectorImage, now_tai: float, work: Work | None = None, *, is_caught_up: bool = False
+    ) -> list[Instruction]:
+        """Take in a file's arrival; the same file told again gives nothing.
+
+        ``work`` is that of the present mode: it counts for an image of whose visit nothing is known yet.
+        """
         key = (image.obs_id, image.detector)
         if key in self._seen or image.detector in self._ignored.get(image.instrument, frozenset()):
             return []
-        self._seen[key] = now_tai
+        is_wavefront = image.detector in self._wavefront.get(image.instrument, frozenset())
         known = self._detectors.get(image.instrument)
-        if known is None or image.detector not in known:
+        if is_wavefront and not self._work_of(image.unit, work).wavefront:
+            return []
+        self._seen[key] = now_tai
+        if known is None or not (is_wavefront or image.detector in known):
             what = (
                 f"instrument {image.instrument!r}" if known is None else f"science detector {image.detector}"
             )
             return [Reject(image, f"this site has no {what}")]
-        group = self._group(image.group_id, now_tai)
+        group = self._group(image.unit, now_tai)
         group.obs_id, group.is_taken = group.obs_id or image.obs_id, True
-        group.waiting.pop(image.detector, None)
-        return [Process(image, group.visit, group.read_out_tai)]
+        group.work = self._work_of(image.unit, work)
+        is_prepared = group.waiting.pop(image.detector, None) is not None
+        process = Process(
+            image,
+            group.visit,
+            group.read_outs.get(image.obs_id, 0.0),
+            replace(group.work, kind=ISR) if is_wavefront else group.work,
+        )
+        if group.is_left_out:
+            return [Miss(process, SAMPLED_OUT, "its visit was left out while the workers were behind")]
+        if is_caught_up:
+            dropped: list[Instruction] = [DropPreload(image.group_id, image.detector)] if is_prepared else []
+            return [*dropped, Miss(process, CAUGHT_UP, "brought by the Catch-Up Archiver")]
+        return [process]
+
+    def _work_of(self, unit: str, now: Work | None) -> Work:
+        known = self._groups.get(unit)
+        return (known.work if known else None) or now or Work()
 
     def tick(self, now_tai: float) -> list[Instruction]:
         """Give up what did not come, and forget what is old."""
@@ -185,7 +280,7 @@ class PromptState:
         for group_id, group in list(self._groups.items()):
             if group.visit is not None and group.waiting and now_tai >= group.give_up_tai:
                 reason = f"no image at the archive {self._timeout_s:.0f} s after " + (
-                    "the end of read-out" if group.read_out_tai else "the announced end of the visit"
+                    "the end of read-out" if group.read_outs else "the announced end of the visit"
                 )
                 lost += [GiveUp(group.visit, number, group.obs_id, reason) for number in group.waiting]
                 group.waiting = {}
@@ -195,14 +290,10 @@ class PromptState:
             self._seen = {key: t for key, t in self._seen.items() if now_tai - t < EXPIRY_S}
         return lost
 
-    def knows(self, group_id: str) -> bool:
-        """Whether a visit was announced, or an image of its group taken in."""
-        group = self._groups.get(group_id)
-        return group is not None and (group.visit is not None or group.is_taken)
-
-    def is_known(self, obs_id: str, detector: int) -> bool:
-        """Whether this image was taken in already."""
-        return (obs_id, detector) in self._seen
+    def knows(self, unit: str) -> bool:
+        """Whether a visit was announced, or an image of its group taken in, or it was left out."""
+        group = self._groups.get(unit)
+        return group is not None and (group.visit is not None or group.is_taken or group.is_left_out)
 
     @property
     def waiting(self) -> int:

@@ -8,19 +8,23 @@ from __future__ import annotations
 import json
 import logging
 import math
+import tempfile
 import time
 from collections import OrderedDict
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cumbre.core.configuration import Site
 from cumbre.core.errors import (
     ConflictError,
     CumbreError,
     NotFoundError,
     NoWorkFoundError,
+    TransientError,
     UnprocessableDataError,
 )
 from cumbre.core.instrument import Detector, Instrument, load_instrument
@@ -29,12 +33,16 @@ from cumbre.orchestration.inputs import Field, InputLoader, Inputs, read_index
 from cumbre.orchestration.provenance import write_record
 
 if TYPE_CHECKING:
+    from cumbre.archive.client import ImageClient
     from cumbre.catalogs.level1 import Level1
     from cumbre.payloads.alert_production import DetectorResult
+    from cumbre.payloads.exposure import Exposure
     from cumbre.payloads.raw import RawDetector
 
 MAX_PREPARED = 24
 """Prepared detectors that a worker remembers; reference stars are small, the rest is shared in the cache."""
+IMAGE_WAIT_S = 30.0
+"""Real seconds for a distributor's answer."""
 INJECTED = "archive/injected"
 """Folder of a site with what became of planted sources, one file a detector image."""
 log = logging.getLogger(__name__)
@@ -52,6 +60,13 @@ def _level1(dsn: str, site: str) -> Level1:
     from cumbre.stores.postgres import Database
 
     return Level1(Database(dsn, application="cumbre prompt worker"), Clock.load(Path(site) / "clock.json"))
+
+
+@lru_cache(maxsize=4)
+def _distributors(site: str) -> ImageClient:
+    from cumbre.archive.client import ImageClient
+
+    return ImageClient(Site.load(Path(site)), "archive")
 
 
 def warm_up(payload: dict[str, Any]) -> dict[str, Any]:
@@ -159,7 +174,9 @@ def process(payload: dict[str, Any]) -> dict[str, Any]:
     level1 = _level1(payload["dsn"], payload["site"])
     if level1.is_stored(image["exposure_id"], detector.id):
         return {"message": "stored by an earlier try", "is_repeat": True}
-    raw = _read(image, instrument, detector)
+    raw = _read(payload, instrument, detector)
+    if raw.metadata.image_type.lower() not in ("", "science", "object"):
+        raise NoWorkFoundError(f"{image['obs_id']} is a {raw.metadata.image_type} exposure")
     if not (_is_number(raw.metadata.ra_deg) and _is_number(raw.metadata.dec_deg)):
         raise UnprocessableDataError(
             f"{image['path']}: no position in the header (RA, DEC); calibrate it without the prompt pipeline"
@@ -178,6 +195,11 @@ def process(payload: dict[str, Any]) -> dict[str, Any]:
 
     with ExitStack() as held:
         made, packets = _produce(payload, raw, inputs, level1, held)
+        rejected = rejections(
+            made.dia_sources, (identifier for identifier, _ in packets), float(payload["reliability"])
+        )
+        if packets and not payload.get("publish_alerts", True):
+            rejected, packets = rejected | {"late": len(packets)}, []
         try:
             level1.store(
                 image["exposure_id"],
@@ -186,9 +208,7 @@ def process(payload: dict[str, Any]) -> dict[str, Any]:
                 dia_objects=made.dia_objects,
                 forced=made.forced,
                 packets=packets,
-                rejected=rejections(
-                    made.dia_sources, (identifier for identifier, _ in packets), float(payload["reliability"])
-                ),
+                rejected=rejected,
             )
         except ConflictError:
             log.info("stored meanwhile by another try")
@@ -210,6 +230,82 @@ def process(payload: dict[str, Any]) -> dict[str, Any]:
         "quality": _quality(made.quality, band, wall),
         "preload": preloaded,
         "wall_s": made.wall_s | {"all": round(wall, 4)},
+    }
+
+
+def correct(payload: dict[str, Any]) -> dict[str, Any]:
+    """Instrument signature removal and quality numbers of one image of any type; nothing is stored or sent.
+
+    Parameters
+    ----------
+    payload
+        As of :func:`process`; ``work`` says which calibrations to apply and whether the PSF is measured.
+
+    Returns
+    -------
+    dict
+        ``message`` (what was left out) and ``quality`` (fields of Prompt.visitQuality).
+
+    Raises
+    ------
+    UnprocessableDataError
+        The file or the image cannot be used.
+    """
+    from cumbre.payloads.calibration import Calibrations
+    from cumbre.payloads.isr import assemble_and_correct
+
+    begun = time.monotonic()
+    instrument = load_instrument(payload["instrument"])
+    detector = instrument.detector(payload["image"]["detector"])
+    raw = _read(payload, instrument, detector)
+    work, notes = payload["work"], [f"ISR only ({payload['work']['mode'] or 'no mode'})"]
+    calibrations = Calibrations()
+    if work["corrections"]:
+        try:
+            found = _loader(payload["site"]).calibrations(instrument, detector, raw.metadata.band)
+            calibrations = Calibrations(**{name: getattr(found, name) for name in work["corrections"]})
+        except NotFoundError:
+            notes.append(f"no calibrations for {detector.name} in {raw.metadata.band or 'no band'}")
+    exposure = assemble_and_correct(raw, calibrations)
+    quality = _levels(exposure)
+    if work["psf"]:
+        try:
+            quality |= _psf_numbers(exposure, instrument, detector)
+        except NoWorkFoundError as error:
+            notes.append(f"no PSF: {error}")
+    wall = time.monotonic() - begun
+    return {"message": "; ".join(notes), "quality": _quality(quality, raw.metadata.band, wall)}
+
+
+def _levels(exposure: Exposure) -> dict[str, Any]:
+    """Level and noise (electrons) of the usable pixels, and the part that is not usable."""
+    import numpy as np
+
+    from cumbre.payloads.exposure import MaskPlane
+
+    masked = (exposure.mask & MaskPlane.unusable()) > 0
+    good = exposure.image[~masked & np.isfinite(exposure.image)]
+    level = float(np.median(good))
+    noise = 1.4826 * float(np.median(np.abs(good - level)))
+    return {"skyLevel": level, "skyNoise": noise, "maskedFraction": float(np.mean(masked))}
+
+
+def _psf_numbers(exposure: Exposure, instrument: Instrument, detector: Detector) -> dict[str, Any]:
+    """Width of the PSF and its stars.
+
+    Raises
+    ------
+    NoWorkFoundError
+        No stars.
+    """
+    from cumbre.payloads.calibrate import calibrate
+
+    metrics = calibrate(exposure, None, instrument=instrument).metrics
+    return {
+        "seeing": metrics["psf_fwhm_px"] * instrument.pixel_scale(detector),
+        "nStars": metrics["n_stars"],
+        "skyLevel": metrics["sky_electrons"],
+        "skyNoise": metrics["sky_noise_electrons"],
     }
 
 
@@ -276,21 +372,51 @@ def _quality(measured: dict[str, Any], band: str, wall_s: float) -> dict[str, An
     return out
 
 
-def _read(image: dict[str, Any], instrument: Instrument, detector: Detector) -> RawDetector:
+def _read(payload: dict[str, Any], instrument: Instrument, detector: Detector) -> RawDetector:
     from cumbre.payloads.raw import read_raw
 
-    try:
-        raw = read_raw(image["path"], instrument)
-    except NotFoundError as error:
-        raise UnprocessableDataError(f"{error}; the archive said it had it") from error
+    image = payload["image"]
+    with _file(payload, instrument) as path:
+        try:
+            raw = read_raw(path, instrument)
+        except NotFoundError as error:
+            raise UnprocessableDataError(f"{error}; the archive said it had it") from error
     if raw.detector.id != detector.id or raw.metadata.obs_id != image["obs_id"]:
         raise UnprocessableDataError(
-            f"{image['path']}: holds {raw.metadata.obs_id} {raw.detector.name}, "
+            f"{path}: holds {raw.metadata.obs_id} {raw.detector.name}, "
             f"expected {image['obs_id']} {detector.name}"
         )
-    if raw.metadata.image_type.lower() not in ("", "science", "object"):
-        raise NoWorkFoundError(f"{image['obs_id']} is a {raw.metadata.image_type} exposure")
     return raw
+
+
+@contextmanager
+def _file(payload: dict[str, Any], instrument: Instrument) -> Iterator[Path]:
+    """Give the raw file: from the archive's raw cache, or from one of its distributors.
+
+    A distributor that does not answer is no reason to wait where the raw cache can be read.
+    """
+    image = payload["image"]
+    cached = Path(image["path"])
+    if payload.get("images", "path") != "distributor":
+        yield cached
+        return
+    with tempfile.TemporaryDirectory(prefix="cumbre-image-") as folder:
+        try:
+            received = _distributors(payload["site"]).get(
+                instrument.name,
+                image["obs_id"],
+                image["detector_name"],
+                folder=Path(folder),
+                wait_s=IMAGE_WAIT_S,
+            )
+        except TransientError as error:
+            if not cached.is_file():
+                raise
+            log.warning("%s; read from the raw cache instead", error)
+            yield cached
+            return
+        log.info("%s from a distributor with %d words of telemetry", received.key, len(received.telemetry))
+        yield received.path
 
 
 def _inputs(

@@ -31,6 +31,11 @@ SILENT_S = 10.0
 """Real seconds after which workers or a replica that say nothing do not count."""
 
 
+def exposure_end(message: Message) -> float:
+    """When the exposure of a startIntegration ends, TAI seconds."""
+    return message.snd_tai + max(float(message.fields["exposureTime"]), 0.0)
+
+
 class Entity(Component):
     """A commandable entity of the base control system.
 
@@ -180,8 +185,7 @@ class Archiver(Entity):
         now = self.clock.now_tai_s()
         if parameters.image_types and fields["imageType"] not in parameters.image_types:
             return []
-        exposure_s = fields["exposureTime"] if fields["exposureTime"] > 0 else 0.0
-        deadline = message.snd_tai + exposure_s + self.patience_s()
+        deadline = exposure_end(message) + self.patience_s()
         if now > deadline:
             return []
         parts = replicate_parts(self.instrument(fields["instrument"]))
@@ -235,7 +239,7 @@ class EfdReplicator(Entity):
 
 
 class AlertProductionCluster(Entity):
-    """Level 1 processing: on nextVisit, one job a detector; prompt processing does them."""
+    """Level 1 processing: on nextVisit (or startIntegration), one job a detector; prompt processing does them."""
 
     def __init__(self, **kit: Any) -> None:
         super().__init__("AlertProductionCluster", **kit)
@@ -261,18 +265,26 @@ class AlertProductionCluster(Entity):
         return "" if topic == "none" else topic
 
     def make_jobs(self, message: Message) -> list[Job]:
-        """Give the jobs of an announced visit; none for one whose time is over."""
-        visit = AnnouncedVisit.from_fields(message.fields)
-        parameters, now = self.parameters, self.clock.now_tai_s()
-        deadline = (visit.start_tai or message.snd_tai) + visit.duration_s + self.patience_s()
+        """Give the jobs of an announced visit or of an exposure that begins; none for one whose time is over."""
+        now = self.clock.now_tai_s()
+        instrument, group_id, obs_id, end = self._unit(message)
+        deadline = end + self.patience_s()
         if now > deadline:
             return []
-        parts = process_parts(self.instrument(visit.instrument), wavefront=parameters.wavefront)
+        parts = process_parts(self.instrument(instrument), wavefront=self.parameters.wavefront)
         return [
             Job(
-                f"{PROCESS}/{visit.group_id}/{part}", self.name, PROCESS, "", visit.group_id,
-                visit.instrument, part, detectors, "", None, self.state.configuration, SUBMITTED, 1, now,
-                None, deadline,
+                f"{PROCESS}/{obs_id or group_id}/{part}", self.name, PROCESS, obs_id, group_id, instrument, part,
+                detectors, "", None, self.state.configuration, SUBMITTED, 1, now, None, deadline,
             )
             for part, detectors in parts.items()
         ]  # fmt: skip
+
+    @staticmethod
+    def _unit(message: Message) -> tuple[str, str, str, float]:
+        """Give instrument, group, image ("" for a visit that is announced) and the expected end, TAI seconds."""
+        if message.topic == "Camera.startIntegration":
+            fields = message.fields
+            return fields["instrument"], fields["groupId"], fields["imageName"], exposure_end(message)
+        visit = AnnouncedVisit.from_fields(message.fields)
+        return visit.instrument, visit.group_id, "", (visit.start_tai or message.snd_tai) + visit.duration_s

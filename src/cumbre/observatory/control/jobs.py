@@ -50,6 +50,11 @@ class Job:
     deadline_tai: float
     waiting: set[str] = field(default_factory=set)
 
+    @property
+    def unit(self) -> str:
+        """Group of the visit, or obs_id, for which a process job was made."""
+        return self.job_id.removeprefix(f"{PROCESS}/").removesuffix(f"/{self.part}")
+
     def row(self) -> tuple[Any, ...]:
         """Values of the table's columns."""
         values = [getattr(self, name) for name in _COLUMNS]
@@ -86,7 +91,7 @@ class JobTable:
         self._jobs: dict[str, Job] = {}
         self._counts: Counter[str] = Counter()
         self._by_image: dict[tuple[str, str], Job] = {}
-        self._by_visit: dict[str, dict[str, Job]] = {}
+        self._by_unit: dict[str, dict[str, Job]] = {}
 
     def __iter__(self) -> Any:
         return iter(list(self._jobs.values()))
@@ -99,9 +104,9 @@ class JobTable:
         """Give the replicate job that waits for a detector's image."""
         return self._by_image.get((obs_id, detector))
 
-    def of_visit(self, group_id: str) -> Mapping[str, Job]:
-        """Process jobs of an announced visit by the names of their detectors."""
-        return self._by_visit.get(group_id, {})
+    def of_unit(self, unit: str) -> Mapping[str, Job]:
+        """Process jobs of an announced visit (group), or of an image, by the names of their detectors."""
+        return self._by_unit.get(unit, {})
 
     def count(self, entity: str) -> int:
         """Jobs of an entity that have not ended."""
@@ -113,7 +118,7 @@ class JobTable:
 
     def recover(self) -> None:
         """Read the jobs in flight, and which of their detectors are there already."""
-        self._jobs, self._counts, self._by_image, self._by_visit = {}, Counter(), {}, {}
+        self._jobs, self._counts, self._by_image, self._by_unit = {}, Counter(), {}, {}
         with self._transaction() as link:
             rows = link.execute(
                 f"SELECT {', '.join(_COLUMNS)} FROM control.job WHERE ended_tai IS NULL".encode()  # noqa: S608
@@ -145,7 +150,7 @@ class JobTable:
             for detector in job.detectors:
                 self._by_image[job.obs_id, detector] = job
         else:
-            self._by_visit.setdefault(job.group_id, {}).update(dict.fromkeys(job.detectors, job))
+            self._by_unit.setdefault(job.unit, {}).update(dict.fromkeys(job.detectors, job))
 
     def submit(self, jobs: Iterable[Job]) -> int:
         """Store and order jobs; those that were ordered before are not ordered again. Gives how many are new."""
@@ -225,12 +230,12 @@ class JobTable:
         return len(ends)
 
     def _forget(self, job: Job) -> None:
-        visit = self._by_visit.get(job.group_id, {}) if job.kind == PROCESS else {}
+        unit = self._by_unit.get(job.unit, {}) if job.kind == PROCESS else {}
         for detector in job.detectors:
             self._by_image.pop((job.obs_id, detector), None)
-            visit.pop(detector, None)
-        if job.kind == PROCESS and not visit:
-            self._by_visit.pop(job.group_id, None)
+            unit.pop(detector, None)
+        if job.kind == PROCESS and not unit:
+            self._by_unit.pop(job.unit, None)
 
     def reassign(self, moves: Iterable[tuple[Job, int | None]], deadline_tai: float) -> int:
         """Give jobs to other pairs: one more attempt each, stored and ordered."""

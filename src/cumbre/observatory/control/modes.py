@@ -53,14 +53,32 @@ class ClusterMode(_Model):
     """Alert Production Cluster."""
 
     trigger: Annotated[
-        Literal["ScriptQueue.nextVisit", "none"],
+        Literal["ScriptQueue.nextVisit", "Camera.startIntegration", "none"],
         Field(description="Event that makes process jobs; none: no image is processed."),
     ] = "ScriptQueue.nextVisit"
+    processing: Annotated[
+        Literal["alerts", "isr"],
+        Field(
+            description="What a job does: everything up to alerts, or instrument signature removal and quality "
+            "numbers only."
+        ),
+    ] = "alerts"
+    corrections: Annotated[
+        list[Literal["bias", "dark", "flat", "fringe", "defects"]],
+        Field(description="Calibrations that `isr` applies, beside overscan, linearity, crosstalk and gain."),
+    ] = ["bias", "dark", "flat", "fringe", "defects"]
+    psf: Annotated[bool, Field(description="`isr` measures the point spread function.")] = True
+    missed: Annotated[
+        bool, Field(description="Images left for later are done where `prompt.missed.when` is `daytime`.")
+    ] = False
     min_workers: Annotated[int, Field(ge=0, description="Workers that must answer.")] = 1
     deadline_s: Annotated[
-        float, Field(gt=0, description="Night seconds after the visit's end in which a job is waited for.")
+        float,
+        Field(
+            gt=0, description="Night seconds after the end of visit or exposure in which a job is waited for."
+        ),
     ] = 360.0
-    wavefront: Annotated[bool, Field(description="Jobs for wavefront sensors too.")] = False
+    wavefront: Annotated[bool, Field(description="Jobs for wavefront sensors too, always `isr`.")] = True
 
 
 class Entities(_Model):

@@ -68,7 +68,7 @@ class Tracker:
             case "Prompt.detectorProcessed":
                 return self._processed(fields)
             case "ScriptQueue.nextVisitCanceled":
-                jobs = {job.job_id: job for job in self._jobs.of_visit(fields["groupId"]).values()}
+                jobs = {job.job_id: job for job in self._jobs.of_unit(fields["groupId"]).values()}
                 return [End(job, CANCELED, "the visit was cancelled") for job in jobs.values()]
         return []
 
@@ -122,7 +122,7 @@ class Tracker:
         return ends
 
     def _processed(self, fields: dict[str, Any]) -> list[End]:
-        visit = self._jobs.of_visit(fields["groupId"])
+        visit = self._jobs.of_unit(fields["obsId"]) or self._jobs.of_unit(fields["groupId"])
         if not visit:
             return []
         name = self._name_of(next(iter(visit.values())).instrument, fields["detector"])
