@@ -49,16 +49,18 @@ def processed(postgres_dsn, tmp_path_factory) -> Iterator[tuple[WebService, Site
         prompt_worker._level1.cache_clear()
         clock = Clock.starting_at(NIGHT + 3600, rate=1e-9)
         mounted = SiteAccess(site=site, bus=None, clock=clock, db=database)
-        mounted.step()
+        web = WebService(site=site, bus=None, clock=clock, db=database, mounted=[mounted])
         image, visit = payload["image"], payload["visit"]
         mounted.catalogue.register(
             [Image(f"raw/{OBS}/R00_S00", "raw", 1, CAMERA.name, OBS, 0, "R00_S00", image["path"], 1024, 1024,
                    begin_tai=NIGHT + 60, end_tai=NIGHT + 90, boresight_ra=visit["ra"], boresight_dec=visit["dec"],
                    rotation=0.0, ra=visit["ra"], dec=visit["dec"], pixel_arcsec=0.6)]
         )  # fmt: skip
-        web = WebService(site=site, bus=None, clock=clock, db=database, mounted=[mounted])
-        yield web, mounted, kept
-        web.close()
+        try:
+            mounted.step()
+            yield web, mounted, kept
+        finally:
+            web.close()
 
 
 @pytest.fixture
@@ -91,7 +93,7 @@ def job(client: httpx.Client, **parameters) -> tuple[str, dict[str, str], str]:
 
 def test_both_images_come_back_bit_for_bit(processed, clients):
     insider, anybody = clients
-    _, mounted, kept = processed
+    kept = processed[2]
     links = parse_single_table(
         io.BytesIO(insider.get("/datalink/links", params={"ID": f"raw/{OBS}/R00_S00"}).content)
     )

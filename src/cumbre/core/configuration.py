@@ -324,6 +324,9 @@ class Access(_Model):
     upload_mb: Annotated[int, Field(gt=0, description="Most megabytes of one request with uploads.")] = 64
     jobs: Annotated[int, Field(ge=1, le=64, description="Asynchronous jobs at a time.")] = 3
     job_days: Annotated[float, Field(gt=0, description="Days that jobs and their results are kept.")] = 7.0
+    regenerated_gb: Annotated[
+        float, Field(gt=0, description="Most gigabytes of images made again on demand that are kept.")
+    ] = 20.0
     anonymous_per_minute: Annotated[
         int, Field(gt=0, description="Requests a minute of one address without a token.")
     ] = 3000

@@ -114,5 +114,6 @@ def settings_of(site: Site) -> Settings:
     return Settings(
         sync_limits=at_once, job_limits=replace(at_once, seconds=config.job_s), upload_bytes=config.upload_mb << 20,
         retention=timedelta(days=config.job_days), job_threads=config.jobs,
+        regenerated_bytes=int(config.regenerated_gb * (1 << 30)),
         anonymous_per_minute=config.anonymous_per_minute, user_per_minute=config.user_per_minute,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -23,11 +24,12 @@ from cumbre.access.http.base import (
     in_pool,
     read_parameters,
 )
-from cumbre.access.http.links import links_document
+from cumbre.access.http.links import ASYNC, LINKS_MIME, SYNC, links_document
 from cumbre.access.identity import Identity, Principal
 from cumbre.access.images.catalogue import RAW, Image, ImageCatalogue
 from cumbre.access.images.cutout import PLANES, Cutout, exposure_cutout, fits_bytes, picture, raw_cutout
 from cumbre.access.images.products import MOSAIC, STACK, contact_sheet, grid_of, mosaic, stack
+from cumbre.access.images.regenerate import KINDS, Regenerator
 from cumbre.access.images.shapes import Shape, circle, polygon, pos
 from cumbre.access.images.source import is_remote, place_of
 from cumbre.access.uws import Job, JobResult, JobStore
@@ -95,6 +97,8 @@ class Images:
         What there is, and who may have it.
     authority
         Of the identifiers: ``ivo://AUTHORITY?image``.
+    regenerator
+        Makes calibrated and difference images again; without it there are stored images only.
     """
 
     catalogue: ImageCatalogue
@@ -102,6 +106,14 @@ class Images:
     store: JobStore
     pool: Executor
     authority: str
+    regenerator: Regenerator | None = None
+
+    def find_many(self, image_ids: Sequence[str], who: Principal) -> dict[str, Image]:
+        """Images by identifier, also those that can be made again; what is not released is left out."""
+        found = self.catalogue.find_many(image_ids, who)
+        if self.regenerator is not None and len(found) < len(set(image_ids)):
+            found |= self.regenerator.find_many([text for text in image_ids if text not in found], who)
+        return found
 
     # identifiers
 
@@ -118,14 +130,15 @@ class Images:
 
     async def file(self, request: Request, who: Principal) -> Response:
         """A whole file, also in parts (Range)."""
-        image = await in_pool(self.pool, self.catalogue.find, request.path_params["image"], who)
+        image_id = request.path_params["image"]
+        image = (await in_pool(self.pool, self.find_all, [image_id], who))[image_id]
         headers = {"Content-Disposition": f'attachment; filename="{Path(image.path).name}"'}
         if is_remote(image.path):
             await in_pool(self.pool, self.identity.audit, who, "file", image.image_id)
             return await self._remote(image, request, headers)
         path = Path(image.path)
         if not path.is_file():
-            raise NotFoundError(f"{image.image_id}: the file is not in the cache any more; it is on tape")
+            raise NotFoundError(_not_here(image))
         await in_pool(self.pool, self.identity.audit, who, "file", image.image_id)
         return FileResponse(path, media_type=FITS_MIME, headers=headers)
 
@@ -258,7 +271,7 @@ class Images:
         NotFoundError
             One is not there, or not released to the one who asks.
         """
-        images = self.catalogue.find_many(identifiers, who)
+        images = self.find_many(identifiers, who)
         for image_id in identifiers:
             if image_id not in images:
                 raise NotFoundError(f"ID {image_id[:200]}: there is none, or it is not released to you yet")
@@ -270,6 +283,8 @@ class Images:
             return None
         if not _touches(wish.band, image.em_min, image.em_max, float):
             return None
+        if image.product in KINDS and not is_remote(image.path) and not Path(image.path).is_file():
+            raise NotFoundError(_not_here(image))
         if image.product != RAW:
             return exposure_cutout(image.path, shape, planes=wish.planes)
         if len(wish.planes) > 1:
@@ -292,7 +307,7 @@ class Images:
         """An asynchronous cutout: a result for each combination, a text where it is empty."""
         wish = self.wish(Parameters(list(job.parameters)), MAX_ASYNC)
         images = self.find_all(wish.identifiers, job.principal)
-        results = []
+        results = [self._report(image, job, context) for image in images.values() if image.product in KINDS]
         for number, (name, part) in enumerate(self.products(wish, images), 1):
             if context.cancelled.is_set():
                 raise UserError("the job was aborted")
@@ -310,6 +325,19 @@ class Images:
         self.identity.audit(job.principal, "cutout job", " ".join(wish.identifiers))
         return results
 
+    def _report(self, image: Image, job: Job, context: JobContext) -> JobResult:
+        """See that an image which is made on demand is here; a result that tells how it was made."""
+        context.info.update(making=image.image_id)
+        assert self.regenerator is not None
+        report = self.regenerator.make(image, job.principal, context.on_cancel)
+        if context.cancelled.is_set():
+            raise UserError("the job was aborted")
+        name = f"provenance_{image.image_id.replace('/', '_')}"
+        about = {key: value for key, value in report.items() if key not in KINDS}
+        content = json.dumps(about | {"image": image.image_id} | report[image.product], indent=1)
+        written = write_atomic(context.folder / f"{name}.json", content.encode())
+        return JobResult(name, f"{name}.json", "application/json", written.size, f"{name}.json")
+
     # DataLink
 
     async def links(self, request: Request, who: Principal) -> Response:
@@ -322,11 +350,11 @@ class Images:
         maxrec = parameters.integer("MAXREC")
         most = MAX_LINKS if maxrec is None else min(maxrec, MAX_LINKS)
         taken = list(dict.fromkeys(identifiers))
-        images = await in_pool(self.pool, self.catalogue.find_many, [self.image_id(t) for t in taken], who)
+        images = await in_pool(self.pool, self.find_many, [self.image_id(t) for t in taken], who)
         rows = [row for text in taken for row in self._rows(text, images, request, who)]
         overflow = len(rows) > most
-        document = links_document(rows[:most], base_url(request, "soda/sync"), overflow=overflow)
-        return Response(document, media_type="application/x-votable+xml;content=datalink")
+        document = links_document(rows[:most], base_url(request, "soda"), overflow=overflow)
+        return Response(document, media_type=LINKS_MIME)
 
     def _rows(
         self, text: str, images: dict[str, Image], request: Request, who: Principal
@@ -335,28 +363,44 @@ class Images:
         if image is None:
             message = f"NotFoundFault: {text[:200]}: there is none, or it is not released to you yet"
             return [{"ID": text, "error_message": message, "semantics": "#this"}]
-        auth: dict[str, object] = {
-            "link_auth": "optional" if image.release_at_once else "true",
-            "link_authorized": True,
-        }
-        del who
+        open_to_all = image.release_at_once or who.is_anonymous
+        common: dict[str, object] = {
+            "ID": text, "content_type": FITS_MIME, "content_qualifier": "image",
+            "link_auth": "optional" if open_to_all else "true", "link_authorized": True,
+        }  # fmt: skip
+        if image.product in KINDS and not Path(image.path).is_file():
+            what = {
+                "service_def": ASYNC,
+                "semantics": "#this",
+                "description": f"{image.product} image, made on demand",
+            }
+            return [common | what]
         did = self.did(image.image_id)
         cut = f"{base_url(request, 'soda/sync')}?ID={quote(did, safe='')}"
-        return [
-            {
-                "ID": text, "access_url": f"{base_url(request, 'files')}/{quote(image.image_id)}", "semantics": "#this",
-                "description": f"{image.product} image, whole file", "content_type": FITS_MIME,
-                "content_length": image.byte_size, "content_qualifier": "image",
-            } | auth,
-            {
-                "ID": text, "access_url": f"{cut}&RESPONSEFORMAT=image/png", "semantics": "#preview",
-                "description": "picture of the whole image", "content_type": PNG_MIME, "content_qualifier": "image",
-            } | auth,
-            {
-                "ID": text, "service_def": "soda-sync", "semantics": "#cutout",
-                "description": "part of the image", "content_type": FITS_MIME, "content_qualifier": "image",
-            } | auth,
+        rows = [
+            common | {
+                "access_url": f"{base_url(request, 'files')}/{quote(image.image_id)}", "semantics": "#this",
+                "description": f"{image.product} image, whole file", "content_length": image.byte_size,
+            },
+            common | {
+                "access_url": f"{cut}&RESPONSEFORMAT=image/png", "semantics": "#preview",
+                "description": "picture of the whole image", "content_type": PNG_MIME,
+            },
+            common | {"service_def": SYNC, "semantics": "#cutout", "description": "part of the image"},
         ]  # fmt: skip
+        for made in self.regenerator.products_of(image) if self.regenerator is not None else ():
+            link = f"{base_url(request, 'datalink/links')}?ID={quote(self.did(made), safe='')}"
+            rows.append(common | {
+                "access_url": link, "semantics": "#derivation", "content_type": LINKS_MIME,
+                "description": f"{made.partition('/')[0]} image, made again as it was processed",
+            })  # fmt: skip
+        return rows
+
+
+def _not_here(image: Image) -> str:
+    if image.product in KINDS:
+        return f"{image.image_id} is made on demand: ask for it as a job at soda/async; then it is here for a while"
+    return f"{image.image_id}: the file is not in the cache any more; it is on tape"
 
 
 def _picture(part: Cutout) -> bytes:

@@ -7,6 +7,9 @@ from urllib.parse import quote
 
 from cumbre.access.http.base import lines, xml_attribute, xml_text
 
+LINKS_MIME = "application/x-votable+xml;content=datalink"
+SYNC, ASYNC = "soda-sync", "soda-async"
+"""Names of the descriptors of the cutout service, at once and as a job."""
 _LINK_FIELDS = (
     # name, datatype, arraysize, ucd, description
     ("ID", "char", "*", "meta.id;meta.main", "Identifier that was asked for"),
@@ -49,8 +52,12 @@ def links_document(rows: Sequence[dict[str, object]], soda_url: str, *, overflow
     if overflow:
         out.append(f'<INFO name="QUERY_STATUS" value="OVERFLOW">the first {len(rows)} rows of more</INFO>')
     out.append("</RESOURCE>")
-    example = next((str(row["ID"]) for row in rows if row.get("service_def")), "")
-    return lines([*out, *_descriptor(soda_url, example), "</VOTABLE>"])
+    services = [_descriptor(soda_url, name, _example(rows, name)) for name in (SYNC, ASYNC)]
+    return lines([*out, *(line for service in services for line in service), "</VOTABLE>"])
+
+
+def _example(rows: Sequence[dict[str, object]], service: str) -> str:
+    return next((str(row["ID"]) for row in rows if row.get("service_def") == service), "")
 
 
 def _cell(value: object) -> object:
@@ -59,8 +66,10 @@ def _cell(value: object) -> object:
     return ("true" if value else "false") if isinstance(value, bool) else value
 
 
-def _descriptor(url: str, example: str) -> list[str]:
+def _descriptor(soda_url: str, service: str, example: str) -> list[str]:
     """How to call the cutout service, by DataLink's service descriptors."""
+    resource = service.removeprefix("soda-")
+    url, standard = f"{soda_url}/{resource}", f"ivo://ivoa.net/std/SODA#{resource}-1.0"
     inputs = (
         ("CIRCLE", "double", "3", "circle", "phys.angArea;obs", "deg", "Longitude, latitude, radius (ICRS)"),
         ("POLYGON", "double", "*", "polygon", "phys.angArea;obs", "deg", "Corners (ICRS)"),
@@ -70,9 +79,9 @@ def _descriptor(url: str, example: str) -> list[str]:
         ("COMBINE", "char", "*", "", "meta.code", "", "MOSAIC of a visit's detectors, STACK of epochs"),
     )
     out = [
-        '<RESOURCE type="meta" utype="adhoc:service" ID="soda-sync" name="cutout">',
+        f'<RESOURCE type="meta" utype="adhoc:service" ID="{service}" name="cutout">',
         "<DESCRIPTION>Part of an image</DESCRIPTION>",
-        '<PARAM name="standardID" datatype="char" arraysize="*" value="ivo://ivoa.net/std/SODA#sync-1.0"/>',
+        f'<PARAM name="standardID" datatype="char" arraysize="*" value={xml_attribute(standard)}/>',
         f'<PARAM name="accessURL" datatype="char" arraysize="*" value={xml_attribute(url)}/>',
         '<PARAM name="contentType" datatype="char" arraysize="*" value="application/fits"/>',
     ]

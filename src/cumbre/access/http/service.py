@@ -34,6 +34,7 @@ from cumbre.access.http.tap import Tap, user_of
 from cumbre.access.http.uws_views import JobFace
 from cumbre.access.identity import Identity, Principal
 from cumbre.access.images.catalogue import ImageCatalogue
+from cumbre.access.images.regenerate import Regenerator
 from cumbre.access.limits import Limits
 from cumbre.access.user_tables import UserTables
 from cumbre.access.uws import JobStore
@@ -64,6 +65,8 @@ class Settings:
         How long jobs and their results are kept.
     job_threads
         Jobs at a time.
+    regenerated_bytes
+        Most bytes of images that were made again and are kept.
     anonymous_per_minute, user_per_minute
         Requests of one address without a token, and of one account.
     """
@@ -73,6 +76,7 @@ class Settings:
     upload_bytes: int = 64 << 20
     retention: timedelta = timedelta(days=7)
     job_threads: int = 3
+    regenerated_bytes: int = 20 << 30
     anonymous_per_minute: int = 3000
     user_per_minute: int = 12000
 
@@ -122,7 +126,8 @@ class AccessService:
         work: dict[str, Work] = {tap.SERVICE: self.tap.work}
         self.images = None
         if catalogue is not None:
-            self.images = Images(catalogue, self.identity, self.store, self.requests, authority)
+            again = Regenerator(root, catalogue, most_bytes=self.settings.regenerated_bytes)
+            self.images = Images(catalogue, self.identity, self.store, self.requests, authority, again)
             work[images.SERVICE] = self.images.work
         self.own = None
         if own is not None:

@@ -228,7 +228,7 @@ class ImageCatalogue:
         Parameters
         ----------
         index
-            JSON list of {tile, band, detector, path}.
+            JSON list of {tile, band, detector, path}; paths are relative to it.
         instrument
             Name of the camera.
         """
@@ -250,10 +250,14 @@ class ImageCatalogue:
             image_id = f"{TEMPLATE}/{entry['tile']}/{entry['band']}_{entry['detector']}"
             if image_id in known:
                 continue
-            path = Path(entry["path"])
-            with fitsio.FITS(str(path)) as file:
-                wcs = PlaneWcs.from_header(file[0].read_header())
-                ny, nx = (int(v) for v in file["IMAGE"].get_dims())
+            path = index.parent / entry["path"]
+            try:
+                with fitsio.FITS(str(path)) as file:
+                    wcs = PlaneWcs.from_header(file[0].read_header())
+                    ny, nx = (int(v) for v in file["IMAGE"].get_dims())
+            except OSError as error:
+                log.warning("template %s is not published: %s", path, str(error)[:200])
+                continue
             right, top = nx - 0.5, ny - 0.5
             ra, dec = wcs.pix2sky(np.array([-0.5, right, right, -0.5]), np.array([-0.5, -0.5, top, top]))
             passed = [f for f in camera.filters if f.band == entry["band"]]

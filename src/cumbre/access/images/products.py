@@ -137,7 +137,7 @@ def stack(parts: Sequence[Part], grid: Grid, planes: Sequence[str]) -> Cutout | 
         pixels, variance, bits = warped
         bad = (bits & NO_DATA) != 0
         pixels[bad] = variance[bad] = np.nan
-        whole = {"IMAGE": pixels, "VARIANCE": variance, "MASK": bits}
+        whole: dict[str, NDArray[Any]] = {"IMAGE": pixels, "VARIANCE": variance, "MASK": bits}
         layers.append({name: whole[name] for name in planes})
         used.append((image, part, scale))
     if not used:
