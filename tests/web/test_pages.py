@@ -9,10 +9,12 @@ import subprocess
 import httpx
 import pytest
 
+from cumbre.archive.alarms import Alarm
 from cumbre.core.configuration import Site
 from cumbre.core.time import Clock
 from cumbre.ledger import prepare
 from cumbre.site.profiles import create_site
+from cumbre.site.roles import open_site_bus
 from cumbre.web.service import WebService
 
 OBS_ID = "XC_O_20261120_000001"
@@ -48,8 +50,14 @@ def ledger(database):
 
 
 @pytest.fixture
-def url(site, ledger):
-    service = WebService(site=site, bus=None, clock=Clock.real(), db=ledger)
+def bus(site):
+    with open_site_bus(site, "test") as bus:
+        yield bus
+
+
+@pytest.fixture
+def url(site, ledger, bus):
+    service = WebService(site=site, bus=bus, clock=Clock.real(), db=ledger)
     yield (site.root / "run" / "web.url").read_text().strip()
     service.close()
 
@@ -66,13 +74,32 @@ def test_flow_tells_count_lag_and_backlog(client):
     assert hops["written"]["lag_s"] == 2.5
     assert hops["written"]["backlog"] == 0
     assert (hops["header"]["count"], hops["header"]["lag_s"]) == (1, 1.0)  # told once for the whole image
-    assert hops["at_base"]["failures"] == {"BadFile": 1}
-    assert hops["archive_tape"] == {
-        "hop": "archive_tape", "count": 0, "lag_s": None, "backlog": None, "last_utc": None, "failures": {},
+    assert hops["at_base"] == {  # what failed has not passed
+        "hop": "at_base", "count": 0, "lag_s": None, "backlog": 1, "last_utc": None, "failures": {"BadFile": 1},
     }  # fmt: skip
+    assert (hops["archive_tape"]["count"], hops["archive_tape"]["backlog"]) == (0, 1)
+    assert hops["alerted"]["backlog"] is None  # not every image has alerts
 
 
-@pytest.mark.parametrize("path", ["/", "/flow", "/components", f"/exposures/{OBS_ID}"])
+def test_alarms_come_and_go(client, bus):
+    assert client.get("/alarms.json").json() == []
+    alarm = Alarm(bus, "tape-base", "base")
+    alarm.begin("<b>the tape</b> is away", severity=2, backlog=7)
+    (row,) = client.get("/alarms.json").json()
+    assert {key: row[key] for key in ("component", "text", "severity", "backlog")} == {
+        "component": "tape-base", "text": "<b>the tape</b> is away", "severity": 2, "backlog": 7,
+    }  # fmt: skip
+    since = row["since"]
+    alarm.begin("it is worse", severity=3)
+    (row,) = client.get("/alarms.json").json()
+    assert (row["severity"], row["since"]) == (3, since)
+    assert "tape-base: it is worse" in client.get("/").text
+    Alarm(bus, "tape-base", "base").end("it is back")  # another process of the same role
+    assert client.get("/alarms.json").json() == []
+    assert "No alarms." in client.get("/alarms").text
+
+
+@pytest.mark.parametrize("path", ["/", "/flow", "/alarms", "/components", f"/exposures/{OBS_ID}"])
 def test_each_page_is_html_and_the_same_path_is_json(client, path):
     page = client.get(path)
     assert page.status_code == 200

@@ -118,7 +118,7 @@ def _disk(folder: Path) -> tuple[bool, str]:
 
 
 def _services(folder: Path) -> tuple[bool, str]:
-    from cumbre.cli.up import status_of
+    from cumbre.cli.status import status_of
 
     report = status_of(Site.load(folder))
     if not report["up"]:
@@ -130,7 +130,7 @@ def _services(folder: Path) -> tuple[bool, str]:
 
 
 def _ledger(folder: Path) -> tuple[bool, str]:
-    from cumbre.cli.up import status_of
+    from cumbre.cli.status import status_of
 
     site = Site.load(folder)
     if not status_of(site)["up"]:
@@ -145,7 +145,7 @@ def _ledger(folder: Path) -> tuple[bool, str]:
 
 
 def _prove(folder: Path) -> tuple[bool, str]:
-    from cumbre.cli.up import status_of
+    from cumbre.cli.status import status_of
     from cumbre.site.proof import prove
     from cumbre.site.roles import site_database
 
@@ -175,7 +175,7 @@ def _accept(folder: Path | None) -> None:
 
 def _software(folder: Path) -> tuple[bool, str]:
     from cumbre import __version__
-    from cumbre.cli.up import status_of
+    from cumbre.cli.status import status_of
     from cumbre.observatory.control.schema import prepare
     from cumbre.observatory.control.software import installed_hash, is_accepted
     from cumbre.site.roles import site_database

@@ -17,7 +17,7 @@ VERBS = {
     "init": ("cumbre.cli.init", "init", "Create a site in a folder."),
     "up": ("cumbre.cli.up", "up", "Start a site's services."),
     "down": ("cumbre.cli.up", "down", "Stop a site's services."),
-    "status": ("cumbre.cli.up", "status", "Show a site's services and addresses."),
+    "status": ("cumbre.cli.status", "status", "Show a site's services, alarms and addresses."),
     "night": ("cumbre.cli.night", "night", "Run a simulated night and report on it."),
     "chaos": (
         "cumbre.cli.chaos",

@@ -210,6 +210,12 @@ def _efd(site: Site, bus: Bus, clock: Clock) -> Service:
     return EfdReplicatorService(site=site, bus=bus, clock=clock)
 
 
+def _watch(site: Site, bus: Bus, clock: Clock) -> Service:
+    from cumbre.telemetry.watch import Watch
+
+    return Watch(site=site, bus=bus, clock=clock, db=site_database(site))
+
+
 def factories(site: Site) -> dict[str, Factory]:
     """Name of each role of this site → its factory, in the order of the data flow.
 
@@ -248,6 +254,7 @@ def factories(site: Site) -> dict[str, Factory]:
         "alert-archive": _alert_archive,
         "retention": _retention,
         "scrub": _scrub,
+        "watch": _watch,
         "web": _web,
     }
     wanted = site.config.roles

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from cumbre.archive.alarms import active_alarms
 from cumbre.core.configuration import Site
 from cumbre.core.errors import FatalError, TransientError
 from cumbre.core.time import Clock
@@ -43,10 +44,11 @@ def _plain(data: Any) -> Any:
 class Pages:
     """Routes of one site; every page answers with ``.json`` too."""
 
-    def __init__(self, *, site: Site, clock: Clock, db: Database) -> None:
+    def __init__(self, *, site: Site, bus: Bus, clock: Clock, db: Database) -> None:
         from jinja2 import Environment, FileSystemLoader, select_autoescape
 
-        self.site, self.clock, self.db = site, clock, db
+        self.site, self.bus, self.clock, self.db = site, bus, clock, db
+        self.expected = views.expected_hops(site.config)
         self.environment = Environment(
             loader=FileSystemLoader(HERE / "pages"), autoescape=select_autoescape(default=True)
         )
@@ -68,15 +70,22 @@ class Pages:
 
     def tonight(self, request: Request) -> Response:
         """The night at a glance."""
-        data = {"flow": views.flow(self.db, self.clock), "exposures": views.exposures(self.db)}
+        data = {
+            "flow": self._flow(),
+            "exposures": views.exposures(self.db),
+            "alarms": active_alarms(self.bus),
+        }
         return self._answer(request, data, "tonight.html", **data)
 
     def flow(self, request: Request) -> Response:
         """Every hop: count, lag, backlog."""
-        data = views.flow(self.db, self.clock)
-        columns = ["hop", "count", "lag_s", "backlog", "last_utc", "failures"]
-        return self._answer(request, data, "table.html", heading="Flow", facts={}, columns=columns,
-                            rows=data["hops"])  # fmt: skip
+        data = self._flow()
+        return self._answer(request, data, "flow.html", flow=data)
+
+    def alarms(self, request: Request) -> Response:
+        """What needs a person."""
+        rows = active_alarms(self.bus)
+        return self._answer(request, rows, "alarms.html", alarms=rows)
 
     def exposure(self, request: Request) -> Response:
         """One image and all its hops."""
@@ -109,8 +118,14 @@ class Pages:
             raise HTTPException(404, "no night report yet: it is written at the end of a night")
         return FileResponse(path)
 
+    def _flow(self) -> dict[str, Any]:
+        return views.flow(self.db, self.clock, self.expected)
+
+    def _live(self) -> dict[str, Any]:
+        return self._flow() | {"alarms": active_alarms(self.bus)}
+
     async def events(self, request: Request) -> Response:
-        """Server-Sent Events: the flow, each second."""
+        """Server-Sent Events: flow and alarms, each second."""
         from starlette.responses import StreamingResponse
 
         async def stream() -> AsyncIterator[str]:
@@ -118,7 +133,7 @@ class Pages:
             while not await request.is_disconnected():
                 number += 1
                 with contextlib.suppress(TransientError):
-                    data = await asyncio.to_thread(views.flow, self.db, self.clock)
+                    data = await asyncio.to_thread(self._live)
                     yield f"id: {number}\nevent: flow\ndata: {json.dumps(_plain(data))}\n\n"
                 await asyncio.sleep(EVENT_PERIOD_S)
 
@@ -135,6 +150,7 @@ class Pages:
         for paths, view in (
             (("/", "/index.json"), self.tonight),
             (("/flow", "/flow.json"), self.flow),
+            (("/alarms", "/alarms.json"), self.alarms),
             (("/exposures/{obs_id}",), self.exposure),
             (("/components", "/components.json"), self.components),
             (("/report", "/report.json"), self.report),
@@ -177,10 +193,9 @@ class WebService:
     ) -> None:
         import uvicorn
 
-        del bus
         self._mounted = list(mounted)
         routes = [route for neighbour in mounted for route in neighbour.routes()]
-        application = Pages(site=site, clock=clock, db=db).application(routes)
+        application = Pages(site=site, bus=bus, clock=clock, db=db).application(routes)
         host, port = site.config.web.host, site.config.web.port
         self._socket = socket.create_server((host, port), backlog=128)
         self._server = uvicorn.Server(

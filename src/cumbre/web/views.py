@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from cumbre.core.time import Clock, day_obs_from_tai, isot, mjd_from_seconds, utc_from_tai
 
 if TYPE_CHECKING:
+    from cumbre.core.configuration import SiteConfig
     from cumbre.stores.postgres import Database
 
 HOPS = (
@@ -25,11 +27,26 @@ def times(tai_s: float) -> dict[str, Any]:
     }
 
 
-def flow(db: Database, clock: Clock) -> dict[str, Any]:
+def expected_hops(config: SiteConfig) -> list[str]:
+    """Hops that every detector image of a site has to pass: those of its archive."""
+    chain = ["written"]
+    for link in config.links:
+        chain.append(f"at_{link.target}")
+        chain += [f"{link.target}_tape"] * (config.places[link.target].tape is not None)
+    return chain
+
+
+def flow(db: Database, clock: Clock, expected: Collection[str] = ()) -> dict[str, Any]:
     """Each hop from shutter to alert: how many detector images passed, lag behind the shutter, backlog.
 
     Lag is the median of the hop's time minus the end of read-out over the last 40 detector images, in night
-    seconds. Backlog counts detector images read out that have not passed the hop.
+    seconds. Backlog counts detector images read out that have not passed the hop. Only what passed with the
+    outcome ok counts; failures stand apart.
+
+    Parameters
+    ----------
+    expected
+        Hops that have a backlog even when nothing passed them yet.
     """
     rows = db.query(
         """
@@ -39,6 +56,7 @@ def flow(db: Database, clock: Clock) -> dict[str, Any]:
              passed AS (SELECT h.hop, r.obs_id, r.detector, min(h.hop_tai) AS hop_tai,
                                min(h.hop_tai) - min(r.hop_tai) AS lag
                         FROM ledger.hop h JOIN read r ON r.obs_id = h.obs_id AND h.detector IN (r.detector, -1)
+                        WHERE h.outcome = 'ok'
                         GROUP BY h.hop, r.obs_id, r.detector),
              ranked AS (SELECT *, row_number() OVER (PARTITION BY hop ORDER BY hop_tai DESC) AS n FROM passed)
         SELECT hop, count(*) AS count, (SELECT count(*) FROM read) - count(*) AS backlog,
@@ -49,6 +67,7 @@ def flow(db: Database, clock: Clock) -> dict[str, Any]:
         (),
     )
     by_name = {row["hop"]: row for row in rows}
+    waiting = int(by_name["read_out"]["count"]) if "read_out" in by_name else 0
     failures = db.query(
         "SELECT hop, outcome, count(*) AS count FROM ledger.hop WHERE outcome <> 'ok' GROUP BY hop, outcome",
         (),
@@ -60,7 +79,11 @@ def flow(db: Database, clock: Clock) -> dict[str, Any]:
                 "hop": hop,
                 "count": int(by_name[hop]["count"]) if hop in by_name else 0,
                 "lag_s": None if hop not in by_name else _round(by_name[hop]["lag_s"]),
-                "backlog": int(by_name[hop]["backlog"]) if hop in by_name else None,
+                "backlog": int(by_name[hop]["backlog"])
+                if hop in by_name
+                else waiting
+                if hop in expected
+                else None,
                 "last_utc": isot(utc_from_tai(by_name[hop]["last_tai"])) + "Z" if hop in by_name else None,
                 "failures": {f["outcome"]: int(f["count"]) for f in failures if f["hop"] == hop},
             }
