@@ -34,6 +34,11 @@ STAR_TYPE = np.dtype(
 )  # fmt: skip
 
 
+MIN_FLUX_ERROR_STARS = 8
+LEAST_FLUX_ERROR, USUAL_FLUX_ERROR = 0.003, 0.01
+"""Relative error of PSF fluxes by the model: never less; where too few stars tell."""
+
+
 @dataclass(frozen=True, slots=True)
 class CalibrateConfig:
     """Choices of :func:`calibrate`.
@@ -384,8 +389,8 @@ def _sky_metrics(result: Exposure, level: float, noise: float) -> None:
     big = 3.0 * psf.fwhm_px
     picked = stars["is_psf_star"] & (stars["flux"] > 50 * stars["flux_err"])
     correction = float("nan")
+    bad = (result.mask & MaskPlane.unusable()) > 0
     if picked.any():
-        bad = (result.mask & MaskPlane.unusable()) > 0
         total, _, flags = aperture_photometry(
             result.image, result.variance, bad, stars["x"][picked], stars["y"][picked], big,
             annulus=(big * 1.2, big * 1.7),
@@ -396,9 +401,27 @@ def _sky_metrics(result: Exposure, level: float, noise: float) -> None:
         {
             "sky_electrons": level, "sky_noise_electrons": noise, "sky_adu": level / result.metadata.get("gain", 1.0),
             "psf_fwhm_px": psf.fwhm_px, "n_stars": float(psf.n_stars), "n_detections": float(len(stars)),
-            "aperture_correction": correction,
+            "aperture_correction": correction, "psf_flux_error": _psf_flux_error(result, stars[picked], bad),
         }
     )  # fmt: skip
+
+
+def _psf_flux_error(result: Exposure, stars: NDArray[np.void], bad: NDArray[np.bool_]) -> float:
+    """Relative error of PSF fluxes that the model causes: their scatter against apertures beyond the noise."""
+    if len(stars) < MIN_FLUX_ERROR_STARS:
+        return USUAL_FLUX_ERROR
+    flux, error, flags = aperture_photometry(
+        result.image, result.variance, bad, stars["x"], stars["y"], 1.5 * result.psf.fwhm_px
+    )
+    good = (flags == 0) & (flux > 0)
+    if good.sum() < MIN_FLUX_ERROR_STARS:
+        return USUAL_FLUX_ERROR
+    flux, error, stars = flux[good], error[good], stars[good]
+    ratio = stars["flux"] / flux
+    scatter = float(0.7413 * np.subtract(*np.percentile(ratio / np.median(ratio), [75, 25])))
+    # both fluxes have the core's noise in common
+    noise = float(np.median((error**2 - np.minimum(stars["flux_err"], error) ** 2) / flux**2))
+    return float(np.sqrt(np.clip(scatter**2 - noise, LEAST_FLUX_ERROR**2, 0.05**2)))
 
 
 def _astrometry(

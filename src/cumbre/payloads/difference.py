@@ -349,7 +349,8 @@ def difference(science: Exposure, template: Exposure, config: DifferenceConfig |
     )  # fmt: skip
     half = int(np.clip(np.ceil(2.5 * fixed_psf.fwhm_px), 7, 20))
     psf = GridPsf(fixed_psf.centred, result.phi, half=half)
-    error = _match_error(image, mask, science, science_stars, common)
+    error, residual = _match_error(image, variance, mask, science, science_stars, common)
+    zero_point_err = science.zero_point_err if np.isfinite(science.zero_point_err) else 0.0
     metrics = {f"kernel_{k}": v for k, v in solution.metrics.items()}
     metrics |= {
         "science_fwhm_px": science_psf.fwhm_px,
@@ -362,6 +363,8 @@ def difference(science: Exposure, template: Exposure, config: DifferenceConfig |
         "noise": robust_rms(planes.sampled(image, bad)),
         "noise_scale": scale,
         "match_error": error,
+        "match_residual": residual,
+        "flux_error": float(np.hypot(science.metrics.get("psf_flux_error", 0.01), 0.921 * zero_point_err)),
     }
     return Difference(
         exposure, psf, science, template, science_psf, template_psf, solution, error,
@@ -467,21 +470,39 @@ def _subtract_residual_background(image: FloatImage, bad: NDArray[np.bool_]) -> 
 
 
 def _match_error(
-    image: FloatImage, mask: NDArray[np.uint16], science: Exposure, stars: Stars, common: NDArray[np.intp]
-) -> float:
-    """Robust |difference| / flux of bright common stars: what matching leaves of a star."""
+    image: FloatImage,
+    variance: FloatImage,
+    mask: NDArray[np.uint16],
+    science: Exposure,
+    stars: Stars,
+    common: NDArray[np.intp],
+) -> tuple[float, float]:
+    """What matching leaves of a star, from bright common stars.
+
+    Returns
+    -------
+    error
+        Robust \\|difference\\| / flux with all its noise, never below a hundredth: what to expect of any bright star.
+    residual
+        The same without the noise: what to add to the error of a flux measured on a star.
+    """
     bright = common[stars.snr[common] > 50]
     if len(bright) < 5:
-        return 0.05
+        return 0.05, 0.02
     radius = 3.0
-    left, _, _ = sep.sum_circle(np.ascontiguousarray(image), stars.x[bright], stars.y[bright], radius)
+    left, noise, _ = sep.sum_circle(
+        np.ascontiguousarray(image), stars.x[bright], stars.y[bright], radius, var=variance
+    )
     whole, _, _ = sep.sum_circle(
         np.ascontiguousarray(science.image), stars.x[bright], stars.y[bright], radius
     )
     xi, yi = np.round(stars.x[bright]).astype(int), np.round(stars.y[bright]).astype(int)
     good = ((mask[yi, xi] & UNUSABLE) == 0) & (whole > 0)
     if good.sum() < 5:
-        return 0.05
+        return 0.05, 0.02
     # A few stars were all used in the fit: what they leave is less than what others will.
     least = 0.01 if good.sum() >= 20 else 0.04
-    return float(np.clip(1.4826 * np.median(np.abs(left[good] / whole[good])), least, 0.1))
+    part, noise = np.abs(left[good] / whole[good]), noise[good] / whole[good]
+    error = 1.4826 * float(np.median(part))
+    residual = float(np.sqrt(max(error**2 - float(np.median(noise)) ** 2, 0.0)))
+    return float(np.clip(error, least, 0.1)), float(np.clip(residual, 0.003, 0.1))

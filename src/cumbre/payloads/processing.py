@@ -7,6 +7,7 @@ calibration, ADU otherwise). ``psfFlux`` is the PSF fit on the difference; ``flu
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -294,7 +295,10 @@ class _Measurer:
         ratio, psf_compactness, inside = self._shape_of_psf(px, py)
         row["x"], row["y"], row["xErr"], row["yErr"] = source.x, source.y, source.x_err, source.y_err
         row["snr"] = abs(peak_snr)
-        row["psfFlux"], row["psfFluxErr"], row["psfChi2"] = source.flux, source.flux_err, source.chi2
+        row["psfFlux"], row["psfChi2"] = source.flux, source.chi2
+        # photons; the PSF model and the zero point; what matching leaves of a star at the place
+        parts = source.flux_err, self._made.metrics["flux_error"] * source.flux
+        row["psfFluxErr"] = math.hypot(*parts, self._made.metrics["match_residual"] * template[0])
         row["apFlux"], row["apFluxErr"] = source.aperture_flux, source.aperture_err
         row["flux"] = inside
         row["isNegative"] = peak_snr < 0

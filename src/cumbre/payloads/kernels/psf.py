@@ -393,12 +393,9 @@ def fit_psf(
     coefficients = stamps[used].mean(axis=0, keepdims=True)
     rms = np.zeros(flux.size)
     for _ in range(4):
-        count = int(used.sum())
-        order = max(o for o in range(max_order + 1) if count >= STARS_FOR_ORDER[o])
+        order = _best_order(stamps[used], u[used], v[used], weight[used], max_order)
         basis = _basis(u, v, order)
-        root = np.sqrt(weight[used])[:, None]
-        solution, *_ = np.linalg.lstsq(basis[used] * root, stamps[used].reshape(count, -1) * root, rcond=None)
-        coefficients = solution.reshape(-1, n, n)
+        coefficients, _ = _fit_terms(stamps[used], basis[used], weight[used])
         model = np.tensordot(basis, coefficients, axes=1)
         core = slice(n // 2 - min(6, n // 2), n // 2 + min(6, n // 2) + 1)
         rms = np.sqrt(np.mean((stamps - model)[:, core, core] ** 2, axis=(1, 2))) / model.max(axis=(1, 2))
@@ -414,6 +411,32 @@ def fit_psf(
     model_psf = PsfModel(result, shape, 0.0)
     middle = model_psf.centred((shape[1] - 1) / 2, (shape[0] - 1) / 2)
     return PsfModel(result, shape, fwhm_of(middle), int(used.sum()), float(np.median(rms[used])))
+
+
+def _fit_terms(stamps: FloatImage, basis: Floats, weight: Floats) -> tuple[Floats, Floats]:
+    """Weighted least squares of every pixel; the terms (m, n, n), and how much each star determines its own fit."""
+    root = np.sqrt(weight)[:, None]
+    inverse = np.linalg.pinv(basis * root)
+    n = stamps.shape[1]
+    terms = inverse @ (stamps.reshape(len(stamps), -1) * root)
+    own = np.einsum("ij,ji->i", basis * root, inverse)
+    return terms.reshape(-1, n, n), own
+
+
+def _best_order(stamps: FloatImage, u: Floats, v: Floats, weight: Floats, max_order: int) -> int:
+    """The degree that predicts each star best from the others: a few stars do not tell how a PSF varies."""
+    c, best, least = stamps.shape[1] // 2, 0, np.inf
+    core = stamps[:, c - min(c, 5) : c + min(c, 5) + 1, c - min(c, 5) : c + min(c, 5) + 1]
+    for order in range(max_order + 1):
+        if len(stamps) < STARS_FOR_ORDER[order]:
+            break
+        basis = _basis(u, v, order)
+        terms, own = _fit_terms(core, basis, weight)
+        miss = np.sum((core - np.tensordot(basis, terms, axes=1)) ** 2, axis=(1, 2))
+        loss = float(np.sum(weight * miss / np.maximum(1 - own, 0.05) ** 2))
+        if loss < 0.98 * least:
+            best, least = order, loss
+    return best
 
 
 def _same_shape(stamps: FloatImage, used: NDArray[np.bool_]) -> NDArray[np.bool_]:
