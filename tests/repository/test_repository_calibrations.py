@@ -59,7 +59,7 @@ def test_a_flat_needs_its_filter(repository, tmp_path):
     assert find_calibration(repository, "flat", tai_s=T0 + 1e6, physical_filter="g_demo", **common) is None
     assert find_calibration(repository, "flat", tai_s=T0 + 1e6, physical_filter="r_demo", **common)
     with pytest.raises(UserError, match="one of bias, dark, flat"):
-        find_calibration(repository, "fringe", tai_s=T0, **common)
+        find_calibration(repository, "sky", tai_s=T0, **common)
     with pytest.raises(NotFoundError):
         put_calibration(repository, "bias", tmp_path / "no.fits", valid_begin_tai=T0, version="v", **common)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from cumbre.payloads.raw import RawDetector
 
 FloatImage = NDArray[np.float32]
-_PLANES = ("BIAS", "DARK", "FLAT", "DEFECTS")
+PARTS = ("bias", "dark", "flat", "fringe", "defects")
+_PLANES = tuple(name.upper() for name in PARTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,8 @@ class Calibrations:
         float32, electrons per second.
     flat
         float32, response relative to the detector's median.
+    fringe
+        float32, pattern of the night sky relative to its level (mean 0), of the flattened image.
     defects
         bool.
     metadata
@@ -41,6 +44,7 @@ class Calibrations:
     bias: FloatImage | None = None
     dark: FloatImage | None = None
     flat: FloatImage | None = None
+    fringe: FloatImage | None = None
     defects: NDArray[np.bool_] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
 
@@ -52,7 +56,7 @@ class Calibrations:
         UnprocessableDataError
             A part has another shape.
         """
-        for name in ("bias", "dark", "flat", "defects"):
+        for name in PARTS:
             part = getattr(self, name)
             if part is not None and part.shape != shape:
                 raise UnprocessableDataError(
@@ -61,7 +65,7 @@ class Calibrations:
                 )
 
     def save(self, path: str | Path) -> None:
-        """Write one FITS file, HDUs BIAS, DARK, FLAT, DEFECTS as far as there are any; atomic."""
+        """Write one FITS file, HDUs BIAS, DARK, FLAT, FRINGE, DEFECTS as far as there are any; atomic."""
         import fitsio
 
         from cumbre.stores.files import write_atomic
@@ -104,13 +108,23 @@ class Calibrations:
                 for hdu in fits[1:]:
                     name = hdu.get_extname()
                     if name in _PLANES:
-                        plane = hdu.read()
-                        parts[name.lower()] = plane > 0 if name == "DEFECTS" else plane.astype(np.float32)
+                        parts[name.lower()] = hdu.read()
         except (OSError, ValueError, AttributeError) as error:
             raise BadFileError(f"calibrations {path}: not readable: {error}") from error
         if not parts:
             raise BadFileError(f"calibrations {path}: none of the HDUs {', '.join(_PLANES)} is in the file")
-        return cls(**parts, metadata=metadata)
+        return cls.of_planes(parts, metadata)
+
+    @classmethod
+    def of_planes(
+        cls, planes: Mapping[str, NDArray[Any]], metadata: dict[str, Any] | None = None
+    ) -> Calibrations:
+        """From arrays as files hold them, by the names of the parts."""
+        parts: dict[str, Any] = {
+            name: plane > 0 if name == "defects" else np.asarray(plane, np.float32)
+            for name, plane in planes.items()
+        }
+        return cls(**parts, metadata=metadata or {})
 
     def for_flat(self, flat: FloatImage | None) -> Calibrations:
         """The same with another flat (one bias serves all filters)."""

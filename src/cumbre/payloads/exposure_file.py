@@ -74,6 +74,24 @@ def _finite(value: float) -> float:
     return float(value) if math.isfinite(value) else -1.0
 
 
+def load_about(path: str | Path) -> dict[str, Any]:
+    """Read ``metadata`` and ``metrics`` only.
+
+    Raises
+    ------
+    BadFileError
+        Not such a file, or damaged.
+    """
+    import fitsio
+
+    try:
+        with fitsio.FITS(str(path)) as fits:
+            about: dict[str, Any] = json.loads(fits["ABOUT"].read().tobytes())
+    except (OSError, ValueError) as error:
+        raise BadFileError(f"{path}: not readable as an exposure: {error}") from error
+    return about
+
+
 def load_exposure(path: str | Path) -> Exposure:
     """Read a file of :func:`save_exposure`.
 

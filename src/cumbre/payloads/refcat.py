@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cumbre.core.errors import BadFileError, NotFoundError
 from cumbre.core.geometry import separation_deg
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Floats = NDArray[np.float64]
 
@@ -67,6 +71,18 @@ class RefCat:
             raise BadFileError(
                 f"reference catalogue {path}: not readable as parquet with ra, dec: {error}"
             ) from error
+        catalogue = cls.from_table(table, str(path))
+        return catalogue if centre is None else catalogue.cone(*centre, radius_deg)
+
+    @classmethod
+    def from_table(cls, table: pa.Table, where: str) -> RefCat:
+        """From an Arrow table with the columns of :meth:`load`; ``where`` names it in errors.
+
+        Raises
+        ------
+        BadFileError
+            Columns are missing.
+        """
         bands = {}
         for name in table.column_names:
             if name.startswith("mag_"):
@@ -75,12 +91,18 @@ class RefCat:
                 bands[name[:-4]] = name
         if not {"ra", "dec"} <= set(table.column_names) or not bands:
             raise BadFileError(
-                f"reference catalogue {path}: columns {', '.join(table.column_names)}; "
+                f"reference catalogue {where}: columns {', '.join(table.column_names)}; "
                 "expected ra, dec and mag_<band>"
             )
         columns = {name: table[name].to_numpy().astype(np.float64) for name in ("ra", "dec", *bands.values())}
-        catalogue = cls(columns["ra"], columns["dec"], {band: columns[name] for band, name in bands.items()})
-        return catalogue if centre is None else catalogue.cone(*centre, radius_deg)
+        return cls(columns["ra"], columns["dec"], {band: columns[name] for band, name in bands.items()})
+
+    def to_table(self) -> pa.Table:
+        """Columns ra, dec, ``mag_<band>``."""
+        import pyarrow as pa
+
+        magnitudes = {f"mag_{band}": values for band, values in self.magnitudes.items()}
+        return pa.table({"ra": self.ra, "dec": self.dec} | magnitudes)
 
     def cone_index(self, ra: float, dec: float, radius_deg: float) -> NDArray[np.intp]:
         """Indices of the stars within a radius."""

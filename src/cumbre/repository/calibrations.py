@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from cumbre.core.errors import NotFoundError, UserError
 from cumbre.repository.records import UNKNOWN, polygon, timespan
-from cumbre.repository.store import STORAGE_CLASS, Repository
+from cumbre.repository.storage import EXPOSURE, RAW
+from cumbre.repository.store import Repository
 
 if TYPE_CHECKING:
     from lsst.daf.butler import DatasetRef, DatasetType
@@ -21,6 +22,8 @@ KINDS = {
     "bias": ("instrument", "detector"),
     "dark": ("instrument", "detector"),
     "flat": ("instrument", "detector", "physical_filter"),
+    "fringe": ("instrument", "detector", "physical_filter"),
+    "defects": ("instrument", "detector"),
 }
 FOREVER_TAI = 4102444800.0
 """2100-01-01: the end of validity when none is given."""
@@ -51,7 +54,7 @@ def put_calibration(
     Parameters
     ----------
     kind
-        ``bias``, ``dark`` or ``flat``.
+        A key of ``KINDS``: ``bias``, ``dark``, ``flat``, ``fringe``, ``defects``.
     path
         FITS file.
     version
@@ -73,7 +76,7 @@ def put_calibration(
             f"{kind} {path}: valid from {valid_begin_tai} to {valid_end_tai}: expected begin < end"
         )
     values = _data_id(kind, instrument, detector, physical_filter)
-    dataset_type = _calibration_type(repository, kind)
+    dataset_type = register_calibration(repository, kind)
     run, collection = f"{instrument}/calib/{version}", calibration_collection(instrument)
     span = timespan(round(valid_begin_tai * NS), round(valid_end_tai * NS))
     ref = _ingest(repository, dataset_type, values, run, path, transfer)
@@ -171,9 +174,7 @@ def put_template(
             key | {"id": detector, "cell_x": detector, "cell_y": 0, "region": region},
             skip_existing=True,
         )
-    kind = DatasetType(
-        "template", ("skymap", "tract", "patch", "band"), STORAGE_CLASS, universe=butler.dimensions
-    )
+    kind = DatasetType("template", ("skymap", "tract", "patch", "band"), EXPOSURE, universe=butler.dimensions)
     butler.registry.registerDatasetType(kind)
     values = key | {"patch": detector, "band": band}
     return _ingest(repository, kind, values, f"{instrument}/templates/{version}", path, transfer)
@@ -205,12 +206,11 @@ def _data_id(kind: str, instrument: str, detector: int, physical_filter: str | N
     return values
 
 
-def _calibration_type(repository: Repository, kind: str) -> DatasetType:
+def register_calibration(repository: Repository, kind: str) -> DatasetType:
+    """Dataset type of a kind of calibration, registered if it was not."""
     from lsst.daf.butler import DatasetType
 
-    found = DatasetType(
-        kind, KINDS[kind], STORAGE_CLASS, universe=repository.butler.dimensions, isCalibration=True
-    )
+    found = DatasetType(kind, KINDS[kind], RAW, universe=repository.butler.dimensions, isCalibration=True)
     repository.butler.registry.registerDatasetType(found)
     return found
 
@@ -220,12 +220,10 @@ def _ingest(
 ) -> DatasetRef:
     from lsst.daf.butler import DataCoordinate, DatasetIdGenEnum, DatasetRef, FileDataset
 
-    from cumbre.repository.formatter import FitsFormatter
-
     butler = repository.butler
     butler.collections.register(run)
     data_id = butler.registry.expandDataId(DataCoordinate.standardize(values, dimensions=kind.dimensions))
     ref = DatasetRef(kind, data_id, run, id_generation_mode=DatasetIdGenEnum.DATAID_TYPE_RUN)
-    file = FileDataset(str(path), [ref], formatter=FitsFormatter)
+    file = FileDataset(str(path), [ref])  # read by what its storage class says
     butler.ingest(file, transfer=transfer, skip_existing=True)
     return ref

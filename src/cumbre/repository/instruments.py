@@ -16,9 +16,9 @@ from lsst.pipe.base import Instrument as MiddlewareInstrument
 
 from cumbre.core.errors import NotFoundError
 from cumbre.core.instrument import Instrument, load_instrument, shipped_instruments
+from cumbre.repository.storage import RAW
 
 SEARCH_VARIABLE = "CUMBRE_INSTRUMENTS"
-RAW_STORAGE_CLASS = "CumbreFits"
 _classes: dict[str, type[CumbreInstrument]] = {}
 
 
@@ -26,7 +26,7 @@ class CumbreInstrument(MiddlewareInstrument):  # type: ignore[misc]
     """An instrument that is described by data."""
 
     description: ClassVar[Instrument]
-    raw_definition = ("raw", ("instrument", "exposure", "detector"), RAW_STORAGE_CLASS)
+    raw_definition = ("raw", ("instrument", "exposure", "detector"), RAW)
 
     @classmethod
     def getName(cls) -> str:  # noqa: N802 -- the middleware's name

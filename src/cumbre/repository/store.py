@@ -15,11 +15,11 @@ from cumbre.core.errors import ConflictError, NotFoundError, TransientError, Use
 from cumbre.core.header import ObservationMetadata
 from cumbre.core.instrument import Instrument
 from cumbre.repository.records import BY_GROUP, ONE_TO_ONE, exposure_records, sees_sky, visit_records
+from cumbre.repository.storage import FORMATTERS, RAW, STORAGE_CLASSES, declare
 
 if TYPE_CHECKING:
     from lsst.daf.butler import Butler, DatasetRef
 
-STORAGE_CLASS = "CumbreFits"
 SQLITE = "sqlite"
 
 
@@ -66,10 +66,8 @@ def create_repository(
 
     if not exists(root):
         config = Config()
-        config["storageClasses", STORAGE_CLASS, "pytype"] = "cumbre.repository.fits_image.FitsImage"
-        config["storageClasses", STORAGE_CLASS, "derivedComponents"] = {"header": "StructuredDataDict"}
-        config["storageClasses", STORAGE_CLASS, "delegate"] = "cumbre.repository.delegate.FitsDelegate"
-        config["datastore", "formatters", STORAGE_CLASS] = "cumbre.repository.formatter.FitsFormatter"
+        config["storageClasses"] = STORAGE_CLASSES
+        config["datastore", "formatters"] = FORMATTERS
         if database != SQLITE:
             if not database.startswith("postgresql+psycopg2://"):
                 raise UserError(
@@ -80,6 +78,7 @@ def create_repository(
                 config["registry", "namespace"] = namespace
         root.mkdir(parents=True, exist_ok=True)
         Butler.makeRepo(str(root), config=config)
+    declare(root)
     repository = Repository(root, writeable=True)
     for instrument in instruments:
         repository.register(instrument)
@@ -132,9 +131,7 @@ class Repository:
 
         instrument_class(instrument)().register(self.butler.registry, update=True)
         self.butler.registry.registerDatasetType(
-            DatasetType(
-                "raw", ("instrument", "exposure", "detector"), STORAGE_CLASS, universe=self.butler.dimensions
-            )
+            DatasetType("raw", ("instrument", "exposure", "detector"), RAW, universe=self.butler.dimensions)
         )
         self.butler.collections.register(raw_run(instrument.name))
         self._instruments[instrument.name] = instrument

@@ -1,0 +1,1 @@
+"""Alert production: ``pipeline.yaml`` and its tasks in the exclusive subsets preload, prompt and afterburner."""
