@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cumbre.catalogs.columns import Rows, circle_pixels, circle_ranges, conform, separation_deg
-from cumbre.catalogs.schema import level1_ddl, level1_tables
+from cumbre.catalogs.partitions import LEDGER, Partitions, cut_older
+from cumbre.catalogs.schema import Table, level1_ddl, stored_tables
 from cumbre.core.errors import ConflictError
 from cumbre.core.time import Clock, mjd_from_seconds
 from cumbre.stores.migrations import migrate
@@ -39,6 +40,18 @@ ALTER TABLE level1.alert_outbox ALTER COLUMN packet SET STORAGE EXTERNAL;
 CREATE INDEX alert_outbox_unsent ON level1.alert_outbox (sequence) WHERE sent_tai IS NULL;
 CREATE INDEX alert_outbox_visit ON level1.alert_outbox (visit, detector);
 """
+_ORBITS = """
+CREATE TABLE level1.orbit_load (
+    version int GENERATED ALWAYS AS IDENTITY PRIMARY KEY, source text NOT NULL, rows int NOT NULL,
+    loaded_tai float8 NOT NULL);
+"""
+_PRECOVERY = """
+CREATE TABLE level1.precovery (
+    dia_object_id bigint PRIMARY KEY, ra float8 NOT NULL, "dec" float8 NOT NULL, visit bigint NOT NULL,
+    detector int NOT NULL, first_mjd_tai float8 NOT NULL, queued_tai float8 NOT NULL, attempts int NOT NULL DEFAULT 0,
+    done_tai float8, n_images int, n_forced int, message text NOT NULL DEFAULT '');
+CREATE INDEX precovery_open ON level1.precovery (queued_tai) WHERE done_tai IS NULL;
+"""
 _REJECTED = "ALTER TABLE level1.visit_detector ADD COLUMN rejected jsonb NOT NULL DEFAULT '{}'"
 
 
@@ -56,8 +69,9 @@ class Level1:
     def __init__(self, db: Database, clock: Clock | None = None) -> None:
         self._db = db
         self._clock = clock or Clock.real()
-        self._tables = level1_tables()
+        self._tables = {table.name: table for table in stored_tables()}
         prepare(db)
+        self._partitions = Partitions(db)
 
     def load_region(
         self, ra: float, dec: float, radius_deg: float, *, until_mjd: float | None = None
@@ -128,6 +142,7 @@ class Level1:
         dia_sources: Rows = (),
         dia_objects: Rows = (),
         forced: Rows = (),
+        ss_sources: Rows = (),
         packets: Sequence[tuple[int, bytes]] = (),
         rejected: Mapping[str, int] | None = None,
     ) -> None:
@@ -135,9 +150,10 @@ class Level1:
 
         Parameters
         ----------
-        dia_sources, dia_objects, forced
+        dia_sources, dia_objects, forced, ss_sources
             Rows of the tables (see :func:`cumbre.catalogs.columns.conform`); objects replace their older
-            versions, whole. ``hpx29`` is computed; times of processing are now unless given.
+            versions, whole, and every version is kept in ``DiaObjectVersion``. Objects that were not known are
+            queued for precovery. ``hpx29`` is computed; times of processing are now unless given.
         packets
             (diaSourceId, packet) of the alerts, in the order to send.
         rejected
@@ -160,6 +176,13 @@ class Level1:
         sources = conform(tables["DiaSource"], dia_sources, timeProcessedMjdTai=now_mjd)
         objects = conform(tables["DiaObject"], dia_objects, validityStartMjdTai=now_mjd)
         photometry = conform(tables["DiaForcedSource"], forced, timeProcessedMjdTai=now_mjd)
+        known = conform(tables["SSSource"], ss_sources)
+        for name, rows in (
+            ("DiaSource", sources),
+            ("DiaForcedSource", photometry),
+            ("DiaObjectVersion", objects),
+        ):
+            self._partitions.ensure(tables[name], rows.column(tables[name].partition).unique().to_pylist())
         with self._db.connection() as link:
             first = link.execute(
                 "INSERT INTO level1.visit_detector (visit, detector, n_sources, n_objects, n_forced, n_alerts,"
@@ -184,9 +207,11 @@ class Level1:
             if sources.num_rows:
                 self._copy(link, tables["DiaSource"].sql_name, sources)
             if objects.num_rows:
-                self._replace_objects(link, objects)
+                self._replace_objects(link, objects, visit, detector, now_tai)
             if photometry.num_rows:
                 self._copy(link, tables["DiaForcedSource"].sql_name, photometry)
+            if known.num_rows:
+                self._copy(link, tables["SSSource"].sql_name, known)
             if packets:
                 rows = ((identifier, visit, detector, packet) for identifier, packet in packets)
                 columns = ["alert_id", "visit", "detector", "packet"]
@@ -232,29 +257,7 @@ class Level1:
     def _read(
         self, link: Connection, name: str, condition: str, params: tuple[Any, ...], source: str = "{} t"
     ) -> pa.Table:
-        """Rows by COPY, which Arrow parses many times faster than a driver makes Python objects."""
-        import pyarrow as pa
-        import pyarrow.csv
-
-        table = self._tables[name]
-        schema = table.arrow()
-        columns = ", ".join(f't."{column.sql_name}"' for column in table.columns)
-        statement = (
-            f"COPY (SELECT {columns} FROM {source.format(table.sql_name)} WHERE {condition})"  # noqa: S608
-            " TO STDOUT (FORMAT csv)"
-        )
-        with link.cursor() as cursor, cursor.copy(statement.encode(), params) as stream:
-            content = b"".join(stream)
-        if not content:
-            return schema.empty_table()
-        return pyarrow.csv.read_csv(
-            pa.BufferReader(content),
-            read_options=pyarrow.csv.ReadOptions(column_names=schema.names),
-            convert_options=pyarrow.csv.ConvertOptions(
-                column_types=schema, true_values=["t"], false_values=["f"], null_values=[""],
-                strings_can_be_null=True, quoted_strings_can_be_null=False,
-            ),
-        ).cast(schema)  # fmt: skip
+        return read_table(link, self._tables[name], condition, params, source=source)
 
     # -- writing --
 
@@ -262,28 +265,87 @@ class Level1:
         lower = rows.rename_columns([name.lower() for name in rows.column_names])
         self._db.copy(target, lower.column_names, lower, connection=link)
 
-    def _replace_objects(self, link: Connection, objects: pa.Table) -> None:
+    def _replace_objects(
+        self, link: Connection, objects: pa.Table, visit: int, detector: int, now_tai: float
+    ) -> None:
         """Insert or replace, in the order of identifiers so that two detectors cannot block each other."""
         table = self._tables["DiaObject"]
         link.execute(
             "CREATE TEMPORARY TABLE new_diaobject (LIKE level1.diaobject INCLUDING DEFAULTS) ON COMMIT DROP"
         )
         self._copy(link, "new_diaobject", objects)
+        names = ", ".join(f'"{column.sql_name}"' for column in table.columns)
         sets = ", ".join(
             f'"{column.sql_name}" = excluded."{column.sql_name}"'
             for column in table.columns
             if column.name != "diaObjectId"
         )
+        # a row that was inserted, not updated, has no xmax: the object is new, and its past is looked for
         link.execute(
-            f"INSERT INTO level1.diaobject AS o SELECT * FROM new_diaobject ORDER BY diaobjectid "  # noqa: S608
+            f"WITH written AS (INSERT INTO level1.diaobject AS o ({names}) "  # noqa: S608
+            f"SELECT {names} FROM new_diaobject ORDER BY diaobjectid "
             f"ON CONFLICT (diaobjectid) DO UPDATE SET {sets} "
-            "WHERE excluded.validitystartmjdtai >= o.validitystartmjdtai".encode()
+            "WHERE excluded.validitystartmjdtai >= o.validitystartmjdtai "
+            'RETURNING o.diaobjectid, o.ra, o."dec", o.firstdiasourcemjdtai, o.xmax = 0 AS is_new) '
+            'INSERT INTO level1.precovery (dia_object_id, ra, "dec", visit, detector, first_mjd_tai, queued_tai) '
+            'SELECT diaobjectid, ra, "dec", %s, %s, firstdiasourcemjdtai, %s FROM written '
+            "WHERE is_new AND firstdiasourcemjdtai IS NOT NULL ON CONFLICT DO NOTHING".encode(),
+            (visit, detector, now_tai),
         )
+        link.execute(
+            f"INSERT INTO level1.diaobjectversion ({names}) SELECT {names} FROM new_diaobject "  # noqa: S608
+            "ON CONFLICT DO NOTHING".encode()
+        )
+
+
+def read_table(
+    link: Connection,
+    table: Table,
+    condition: str,
+    params: tuple[Any, ...],
+    *,
+    source: str = "{} t",
+    names: Sequence[str] = (),
+) -> pa.Table:
+    """Rows by COPY, which Arrow parses many times faster than a driver makes Python objects.
+
+    Parameters
+    ----------
+    condition
+        Of SQL's WHERE and what follows it; the table is ``t``, ``params`` fill its ``%s``.
+    source
+        Of SQL's FROM, the table's name in place of the braces.
+    names
+        Columns, in the schema's order; all when none are given.
+    """
+    import pyarrow as pa
+    import pyarrow.csv
+
+    schema = table.arrow()
+    if names:
+        schema = pa.schema([field for field in schema if field.name in names])
+    columns = ", ".join(f't."{name.lower()}"' for name in schema.names)
+    statement = (
+        f"COPY (SELECT {columns} FROM {source.format(table.sql_name)} WHERE {condition})"  # noqa: S608
+        " TO STDOUT (FORMAT csv)"
+    )
+    with link.cursor() as cursor, cursor.copy(statement.encode(), params) as stream:
+        content = b"".join(stream)
+    if not content:
+        return schema.empty_table()
+    return pyarrow.csv.read_csv(
+        pa.BufferReader(content),
+        read_options=pyarrow.csv.ReadOptions(column_names=schema.names),
+        convert_options=pyarrow.csv.ConvertOptions(
+            column_types=schema, true_values=["t"], false_values=["f"], null_values=[""],
+            strings_can_be_null=True, quoted_strings_can_be_null=False,
+        ),
+    ).cast(schema)  # fmt: skip
 
 
 def prepare(db: Database) -> None:
     """Make the tables, or bring them to this program's Felis file (which only ever gains columns)."""
-    migrate(db, "level1", [_OUTBOX, _REJECTED])
+    migrate(db, "level1", [_OUTBOX, _REJECTED, LEDGER, _ORBITS, _PRECOVERY])
     ddl = level1_ddl()
     digest = hashlib.sha256(ddl.encode()).hexdigest()
     known = "SELECT 1 FROM level1.felis WHERE sha256 = %s"
@@ -292,7 +354,11 @@ def prepare(db: Database) -> None:
     with db.connection() as link:
         link.execute("LOCK TABLE level1.felis IN EXCLUSIVE MODE")
         if not link.execute(known, (digest,)).fetchone():
-            link.execute(ddl.encode())
+            for table in stored_tables():
+                if table.partition:
+                    cut_older(link, table, table.ddl())
+                else:
+                    link.execute(table.ddl().encode())
             link.execute("INSERT INTO level1.felis (sha256) VALUES (%s)", (digest,))
 
 

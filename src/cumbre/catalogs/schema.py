@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -70,6 +70,8 @@ class Table:
     columns: tuple[Column, ...]
     primary_key: tuple[str, ...]
     indexes: tuple[tuple[str, tuple[str, ...]], ...]
+    partition: str = ""
+    """Column of time by which the table is cut into months; empty for a table in one piece."""
 
     @property
     def sql_name(self) -> str:
@@ -92,8 +94,13 @@ class Table:
     def ddl(self) -> str:
         """Make the table, or add the columns that an older one lacks; indexes and comments."""
         lines = [column.sql() for column in self.columns]
-        lines.append(f"PRIMARY KEY ({', '.join(name.lower() for name in self.primary_key)})")
-        parts = [f"CREATE TABLE IF NOT EXISTS {self.sql_name} (\n  " + ",\n  ".join(lines) + ")"]
+        # a key of a cut table must hold the column by which it is cut
+        key = dict.fromkeys((*self.primary_key, *([self.partition] if self.partition else [])))
+        lines.append(f"PRIMARY KEY ({', '.join(name.lower() for name in key)})")
+        made = f"CREATE TABLE IF NOT EXISTS {self.sql_name} (\n  " + ",\n  ".join(lines) + ")"
+        if self.partition:
+            made += f" PARTITION BY RANGE ({self.partition.lower()})"
+        parts = [made]
         parts += [f"ALTER TABLE {self.sql_name} ADD COLUMN IF NOT EXISTS {c.sql()}" for c in self.columns]
         for name, columns in self.indexes:
             keys = ", ".join(column.lower() for column in columns)
@@ -173,13 +180,24 @@ def parse_tables(data: dict[str, Any], where: str) -> dict[str, Table]:
                 (index["name"], tuple(_local(key) for key in index["columns"]))
                 for index in raw.get("indexes", [])
             ),
+            _local(raw.get("cumbre:partition", "")),
         )  # fmt: skip
     return tables
 
 
+def stored_tables() -> list[Table]:
+    """The tables that the database has: those of the file, and every version of the objects."""
+    tables = level1_tables()
+    versions = replace(
+        tables["DiaObject"], name="DiaObjectVersion", description="Every row that DiaObject ever had.",
+        primary_key=("diaObjectId", "validityStartMjdTai"), indexes=(), partition="validityStartMjdTai",
+    )  # fmt: skip
+    return [*(table for table in tables.values() if table.stored), versions]
+
+
 def level1_ddl() -> str:
     """CREATE TABLE of every stored table."""
-    return "\n".join(table.ddl() for table in level1_tables().values() if table.stored)
+    return "\n".join(table.ddl() for table in stored_tables())
 
 
 def alert_schema() -> dict[str, Any]:
