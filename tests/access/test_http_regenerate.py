@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from xml.etree import ElementTree
 
 import httpx
@@ -15,38 +17,32 @@ from astropy.io.votable import parse_single_table
 
 from cumbre.access.images.catalogue import Image
 from cumbre.core.time import Clock
-from cumbre.orchestration import prompt_worker
 from cumbre.orchestration.provenance import INPUTS, record_path
-from cumbre.payloads.exposure import Exposure
+from cumbre.orchestration.task import one_thread
+from cumbre.payloads.kernels.wcs import PlaneWcs
 from cumbre.site.access import SiteAccess
 from cumbre.web.service import WebService
 from support.pg import fresh_database
-from support.prompt_world import CAMERA, NIGHT, make_payload, make_site, make_template
+from support.prompt_world import CAMERA, NIGHT, make_payload, make_site, make_template, process_and_keep
 
+type Kept = dict[str, dict[str, np.ndarray]]
+"""Product → image, variance, mask as the worker had them."""
 OBS = "XC_O_20261120_000001"
 NS = "{http://www.ivoa.net/xml/UWS/v1.0}"
 
 
 @pytest.fixture(scope="module")
-def processed(postgres_dsn, tmp_path_factory) -> Iterator[tuple[WebService, SiteAccess, dict[str, Exposure]]]:
-    """A site with one processed image, and the exposures as the worker had them."""
+def processed(postgres_dsn, tmp_path_factory) -> Iterator[tuple[WebService, SiteAccess, Kept]]:
+    """A site with one processed image, and the pixels as the worker had them."""
     with fresh_database(postgres_dsn) as database:
         site = make_site(tmp_path_factory.mktemp("again") / "site")
         make_template(site)
         payload = make_payload(site, database.dsn)
-        kept: dict[str, Exposure] = {}
-        produce = prompt_worker._produce
-
-        def spy(*arguments):
-            made, packets = produce(*arguments)
-            kept.update(calibrated=made.exposure, difference=made.result.exposure)
-            return made, packets
-
-        prompt_worker._level1.cache_clear()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(prompt_worker, "_produce", spy)
-            prompt_worker.process(payload)
-        prompt_worker._level1.cache_clear()
+        folder = tmp_path_factory.mktemp("kept")
+        # as the engine starts its workers: processes of one thread
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), one_thread) as worker:
+            worker.submit(process_and_keep, payload, str(folder / "as")).result()
+        kept = {kind: dict(np.load(folder / f"as_{kind}.npz")) for kind in ("calibrated", "difference")}
         clock = Clock.starting_at(NIGHT + 3600, rate=1e-9)
         mounted = SiteAccess(site=site, bus=None, clock=clock, db=database)
         web = WebService(site=site, bus=None, clock=clock, db=database, mounted=[mounted])
@@ -111,21 +107,18 @@ def test_both_images_come_back_bit_for_bit(processed, clients):
         assert report["is_same_software"] is True
         assert set(report["provenance"]["inputs"]) == {"calibrations", "template", "reference"}
         hdus = fits.open(io.BytesIO(insider.get(results["cutout_1"]).content), checksum=True)
-        for name, plane in (
-            ("IMAGE", original.image),
-            ("VARIANCE", original.variance),
-            ("MASK", original.mask),
-        ):
+        for name, plane in original.items():
             assert hdus[name].data.astype(plane.dtype).tobytes() == plane.tobytes(), (kind, name)
-    assert not np.array_equal(kept["calibrated"].image, kept["difference"].image)
+    assert not np.array_equal(kept["calibrated"]["image"], kept["difference"]["image"])
 
     # now it is here: at once, in parts, as a file
-    ra, dec = (float(v) for v in kept["calibrated"].wcs.pix2sky(500, 400))
+    wcs = PlaneWcs.from_header(hdus["IMAGE"].header)
+    ra, dec = (float(v) for v in wcs.pix2sky(500, 400))
     cut = insider.get("/soda/sync", params={"ID": f"difference/{OBS}/R00_S00", "CIRCLE": f"{ra} {dec} 0.005"})
     (hdu,) = fits.open(io.BytesIO(cut.content))
     x0, y0 = (round(-hdu.header[key]) for key in ("LTV1", "LTV2"))
     ny, nx = hdu.data.shape
-    assert np.array_equal(hdu.data, kept["difference"].image[y0 : y0 + ny, x0 : x0 + nx], equal_nan=True)
+    assert np.array_equal(hdu.data, kept["difference"]["image"][y0 : y0 + ny, x0 : x0 + nx], equal_nan=True)
     assert insider.get(f"/files/difference/{OBS}/R00_S00").status_code == 200
     # the raw file is under embargo, and so is what is made of it
     for path in (f"/files/difference/{OBS}/R00_S00", f"/soda/sync?ID=difference/{OBS}/R00_S00"):

@@ -20,8 +20,8 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def world_with_a_plan(world):
     world.database.execute(
-        "INSERT INTO access.plan (group_id, announced_tai, start_tai, duration_s, exposures, instrument, survey,"
-        " filter, ra, \"dec\", rotation, region, fov_deg, em_min, em_max) VALUES ('later', 1.79e9, 1.79e9, 30, 1,"
+        "INSERT INTO access.plan (plan_id, group_id, announced_tai, start_tai, duration_s, exposures, instrument, survey,"
+        " filter, ra, \"dec\", rotation, region, fov_deg, em_min, em_max) VALUES ('DemoCam-1', 'later', 1.79e9, 1.79e9, 30, 1,"
         " 'DemoCam', 'T1', 'r_demo', 53, -27, 0, '{53,-27,53,-26,52,-26}', 1, 5.5e-7, 7e-7)"
     )
     return world

@@ -51,6 +51,12 @@ PLAN_STEPS = (
     CREATE INDEX image_region ON access.image USING gist (adql.region_key(region));
     CREATE INDEX plan_region ON access.plan USING gist (adql.region_key(region));
     """,
+    """
+    ALTER TABLE access.plan DROP CONSTRAINT plan_pkey;
+    ALTER TABLE access.plan ALTER COLUMN group_id DROP NOT NULL, ADD COLUMN plan_id text;
+    UPDATE access.plan SET plan_id = group_id;
+    ALTER TABLE access.plan ALTER COLUMN plan_id SET NOT NULL, ADD PRIMARY KEY (plan_id), ADD UNIQUE (group_id);
+    """,
 )
 _MJD = "({} / 86400.0 + 40587.0)"
 _POWER = "CASE WHEN em_max > em_min THEN (em_min + em_max) / (2 * (em_max - em_min)) END"
@@ -179,7 +185,7 @@ def _views() -> tuple[_View, ...]:
         {setting("observatory")} AS facility_name, instrument AS instrument_name, product AS dataproduct_subtype,
         pixel_arcsec AS s_pixel_scale, hpx29 FROM access.image WHERE image_type = 'OBJECT'"""  # noqa: S608 (ours)
     obsplan = f"""SELECT {_MJD.format("p.announced_tai")} AS t_planning, nullif(p.survey, '') AS target_name,
-        p.group_id AS obs_id, p.instrument AS obs_collection, p.ra AS s_ra, p."dec" AS s_dec, p.fov_deg AS s_fov,
+        p.plan_id AS obs_id, p.instrument AS obs_collection, p.ra AS s_ra, p."dec" AS s_dec, p.fov_deg AS s_fov,
         p.region AS s_region, NULL::float8 AS s_resolution,
         {_MJD.format("coalesce(i.begin_tai, p.start_tai)")} AS t_min,
         {_MJD.format("coalesce(i.end_tai, p.start_tai + p.duration_s)")} AS t_max,
@@ -187,8 +193,9 @@ def _views() -> tuple[_View, ...]:
         p.em_min, p.em_max, {_POWER} AS em_res_power, 'phot.count'::text AS o_ucd, NULL::text AS pol_states,
         NULL::int AS pol_xel, {setting("observatory")} AS facility_name, p.instrument AS instrument_name,
         p.duration_s AS t_plan_exptime, 'Fixed'::text AS category, 1::int AS priority,
-        CASE WHEN i.end_tai IS NOT NULL THEN 'Performed' WHEN p.cancelled THEN 'Aborted' ELSE 'Scheduled' END
-        AS execution_status, 'Sidereal'::text AS tracking_type
+        CASE WHEN i.end_tai IS NOT NULL THEN 'Performed' WHEN p.cancelled THEN 'Aborted'
+        WHEN p.group_id IS NULL THEN 'Planned' ELSE 'Scheduled' END
+        AS execution_status, 'Sidereal'::text AS tracking_type, p.group_id
         FROM access.plan p LEFT JOIN (SELECT group_id, min(begin_tai) AS begin_tai, max(end_tai) AS end_tai,
         sum(exposure_s) AS exposure_s FROM ledger.image WHERE group_id <> '' GROUP BY group_id) i USING (group_id)"""  # noqa: S608
     standard = (

@@ -1,8 +1,9 @@
 """The observing service: picks targets, announces visits, orders exposures, survives its own death.
 
 In: ``survey.json``, ``night.json``, Camera.endReadout and the camera's answers, ScriptQueue.pause and resume.
-Out: Scheduler.target, ScriptQueue.nextVisit, ScriptQueue.nextVisitCanceled, Camera.takeImages; at the night's
-end ``observatory/night_done.json``. The next visit is announced while the present one is exposed.
+Out: Scheduler.target, Scheduler.predictedSchedule, ScriptQueue.nextVisit, ScriptQueue.nextVisitCanceled,
+Camera.takeImages; at the night's end ``observatory/night_done.json``. The next visit is announced while the
+present one is exposed.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from cumbre.observatory.targets import (
     predict,
     why_nothing,
 )
-from cumbre.observatory.visits import SURVEY_FILE, Target, Tile, load_tiles
+from cumbre.observatory.visits import SURVEY_FILE, Target, Tile, Visit, load_tiles
 from cumbre.stores.files import write_atomic
 
 __all__ = ["Limits", "ObservingService", "TelescopeState", "next_target", "predict", "why_nothing"]
@@ -37,6 +38,8 @@ __all__ = ["Limits", "ObservingService", "TelescopeState", "next_target", "predi
 NIGHT_FILE = "night.json"
 DONE_FILE = "observatory/night_done.json"
 ACKS = "Camera.ackcmd"
+PREDICTED = 20
+"""Targets that are predicted after each visit that is announced."""
 log = logging.getLogger(__name__)
 
 
@@ -219,6 +222,7 @@ class ObservingService:
                 self.bus.publish("Scheduler.target", visit.target_fields())
                 self.bus.publish("ScriptQueue.nextVisit", visit.next_visit_fields())
                 self._save(replace(after, published_tai=self.clock.now_tai_s()))
+                self._predict(visit)
                 log.info("next visit %s: tile %s", visit.group_id, visit.target.tile)
             case queue.Expose(visit):
                 self._save(after)
@@ -233,6 +237,25 @@ class ObservingService:
                 self._write_done(reason)
             case queue.Wait():
                 return
+
+    def _predict(self, visit: Visit) -> None:
+        """Publish what will follow a visit if all goes well; a visit of now matters more than a plan of then."""
+        target = visit.target
+        begin = target.start_tai + self.timing.cadence_s
+        state = TelescopeState(last_visit_tai=self.state.last_visit_tai).after(target)
+        left = self.state.wanted - self.state.done - (self.state.exposing is not None) - 1
+        count = max(min(PREDICTED, left), 0)
+        until = begin + count * self.timing.cadence_s - 1.0
+        found = predict(
+            state, begin, self.limits, self._tiles, until_tai=until, cadence_s=self.timing.cadence_s
+        )[:count]
+        columns: dict[str, list[Any]] = {
+            "targetId": [visit.target_id + 1 + i for i in range(len(found))],
+            "ra": [t.ra for t in found], "decl": [t.dec for t in found], "rotation": [t.rotation for t in found],
+            "filter": [t.filter for t in found], "exposureTime": [t.exposure_s for t in found],
+            "startTai": [t.start_tai for t in found], "survey": [t.tile for t in found],
+        }  # fmt: skip
+        self.bus.publish("Scheduler.predictedSchedule", {"instrument": visit.instrument, **columns})
 
     def _save(self, state: QueueState) -> None:
         if state != self.state:
