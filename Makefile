@@ -3,7 +3,7 @@ VENV := $(or $(CUMBRE_VENV),.venv)
 export CUMBRE_VENV CUMBRE_PYTHON
 SITE ?= night-site
 
-.PHONY: demo test check install benchmarks benchmarks-peers clean
+.PHONY: demo test check install mutations benchmarks benchmarks-peers clean
 
 install: ## find an interpreter, create the environment, install
 	@bash deploy/bootstrap.sh
@@ -19,6 +19,9 @@ test: install ## style, types, import laws and all tests
 	$(VENV)/bin/pytest -n 2 --dist loadfile $(ARGS)
 
 check: test
+
+mutations: install ## break the code in one place at a time and see that its test fails; an hour
+	@$(VENV)/bin/python tests/mutations/mutate.py $(ARGS)
 
 benchmarks: install ## print the tables of figures
 	@for file in benchmarks/*.py; do echo "== $$file"; $(VENV)/bin/python $$file || exit 1; done

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
 
+from cumbre.archive.alarms import active_alarms
 from cumbre.site.chaos import site_pids
 from cumbre.site.roles import roles_of
 from cumbre.site.supervisor import start_detached
@@ -37,9 +39,40 @@ def test_a_killed_camera_keeps_what_it_read_out(running):
     running.nothing_is_lost(taken + running.take(1))
 
 
+def alarms(running):
+    """Names of the alarms that hold."""
+    return {alarm["component"] for alarm in active_alarms(running.bus)}
+
+
+def test_every_process_is_heard_and_none_is_told_to_be_wrong(running):
+    names = set()
+    with running.bus.subscribe(["Service.heartbeat"], start="now") as beats:
+        running.until(
+            lambda: (
+                names.update(m.fields["name"] for m in beats.poll(1.0))
+                or names >= set(roles_of(running.site))
+            )
+        )
+    running.until(lambda: not alarms(running), what="alarms do not end")
+
+
 def test_a_killed_database_comes_back_and_the_images_did_not_wait_for_it(running):
-    running.kill("postgres")
-    running.nothing_is_lost(running.take(2))
+    """In the middle of a series of images, twice; that it happened is told."""
+    before = running.bus.publish("Service.logMessage", {"name": "test", "message": "now"})
+    taken = []
+    for _ in range(2):
+        series = threading.Thread(target=lambda: taken.extend(running.take(3)))
+        series.start()
+        running.kill("postgres")
+        series.join()
+    running.nothing_is_lost(taken)
+    assert len(taken) == 6
+
+    def told():
+        told = [m.fields for m in running.bus.replay(["Storage.alarm"], start_offset=before)]
+        return [fields["active"] for fields in told if fields["name"] == "database"]
+
+    running.until(lambda: True in told() and "database" not in alarms(running), what=f"{told()}")
 
 
 def test_a_killed_supervisor_is_replaced_and_finds_everything(running):

@@ -20,13 +20,14 @@ from pathlib import Path
 
 from cumbre.bus import Bus
 from cumbre.core.configuration import Site
-from cumbre.core.errors import FatalError
+from cumbre.core.errors import FatalError, TransientError
 from cumbre.site.roles import Service, build, open_site_bus, open_site_clock
 
 log = logging.getLogger("cumbre")
 
 STEP_S = 0.5
-HEARTBEAT_S = 1.0
+HEARTBEAT_S = 3.0
+"""The watch tells of a service that is silent for some of them."""
 MAX_PAUSE_S = 5.0
 ENABLED, FAULT, OFFLINE = 2, 3, 4
 """CSC summary states."""
@@ -65,13 +66,15 @@ def configure_logging(name: str) -> None:
 
 
 def _heartbeats(site: Site, name: str, stop: threading.Event) -> None:
-    """Publish a heartbeat each second from an own bus connection, so that long steps do not look dead."""
+    """Publish heartbeats from an own bus connection, so that long steps do not look dead."""
     bus = open_site_bus(site, name)
-    beats = 0
     while not stop.wait(HEARTBEAT_S):
-        beats += 1
-        with contextlib.suppress(Exception):
-            bus.publish("Service.heartbeat", {"name": name, "pid": os.getpid(), "heartbeat": beats})
+        try:
+            bus.publish("Service.heartbeat", {"name": name, "pid": os.getpid()})
+        except TransientError as error:
+            log.debug("no heartbeat: %s", error)
+        except Exception:
+            log.exception("no heartbeat")
 
 
 def _report(bus: Bus, name: str, state: int, message: str) -> None:

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 ENTITIES = ("Archiver", "CatchUpArchiver", "EfdReplicator", "AlertProductionCluster")
 LOOK_S = 1.0
-SILENT_S = 10.0
+SILENT_S = 15.0
 """Real seconds without a heartbeat, while others are heard, after which a service is told to be silent."""
 DATABASE_S = 5.0
 """Real seconds that the database may take to answer."""
