@@ -206,14 +206,63 @@ def test_the_cluster_has_one_job_a_detector_of_an_announced_visit(world):
     assert {job["obs_id"] for job in world.jobs("group_id = 'g1'")} == {"CC_O_20261120_000001"}
 
 
-def test_in_other_modes_no_visit_makes_jobs(world):
+def test_by_day_nothing_makes_process_jobs(world):
     world.bus.publish("AlertProductionCluster.pool", {"workers": 2})
-    world.ready("AlertProductionCluster", mode="raw_calibration")
+    world.ready("AlertProductionCluster", mode="daytime")
     assert not world.base.entities["AlertProductionCluster"].is_subscribed
     visit(world, "g1")
     obs_id = world.expose(image_type="BIAS")
     world.run(lambda: ordered(world, obs_id))
     assert world.jobs("kind = 'process'") == []
+
+
+@pytest.mark.parametrize("mode", ["raw_calibration", "engineering"])
+def test_without_visits_each_exposure_makes_the_jobs(world, mode):
+    world.bus.publish("AlertProductionCluster.pool", {"workers": 2})
+    world.ready("AlertProductionCluster", mode=mode)
+    visit(world, "g1")
+    # a sequence of biases is one group; each image has jobs of its own
+    one, two = (world.expose(image_type="BIAS", group="sequence") for _ in range(2))
+    world.run(lambda: len(world.jobs("kind = 'process'")) == 18)
+    assert {job["obs_id"] for job in world.jobs("kind = 'process'")} == {one, two}
+
+    def processed(obs_id):
+        for detector in range(9):
+            done = {"obsId": obs_id, "groupId": "sequence", "detector": detector, "outcome": "ok"}
+            world.bus.publish("Prompt.detectorProcessed", done)
+
+    processed(two)
+    world.run(lambda: len(world.jobs("kind = 'process' AND state = 'done'")) == 9)
+    assert {job["obs_id"] for job in world.jobs("state = 'done'")} == {two}
+    world.base.jobs.recover()  # as one that takes over does
+    processed(one)
+    world.run(lambda: world.base.jobs.count("AlertProductionCluster") == 0)
+
+
+def test_lsstcam_in_science_mode_has_22_replicate_and_193_process_jobs(tmp_path, database):
+    world = World(tmp_path, database, instrument="lsstcam")
+    world.base = world.control()
+    world.run(lambda: world.base.is_active)
+    world.register(1, 2)
+    world.bus.publish("AlertProductionCluster.pool", {"workers": 2})
+    world.ready("Archiver", "AlertProductionCluster")
+    visit(world, "g1", instrument="LSSTCam")
+    world.expose("LSSTCam", group="g1")
+    world.run(lambda: len(world.jobs()) >= 22 + 193)
+    assert Counter(job["kind"] for job in world.jobs()) == {"replicate": 22, "process": 193}
+    # a wavefront sensor is done when both of its halves are
+    numbers = {d.name: d.id for d in load_instrument("lsstcam").detectors}
+    for half, ended in (("R00_SW0", 0), ("R00_SW1", 1)):
+        done = {"obsId": "MC_O_20261120_000001", "groupId": "g1", "detector": numbers[half], "outcome": "ok"}
+        world.bus.publish("Prompt.detectorProcessed", done)
+        world.run(
+            lambda: (
+                world.base._tracker is not None
+                and not world.base._subscriptions["results"].poll(0.0, limit=1)
+            )
+        )
+        assert len(world.jobs("kind = 'process' AND state = 'done'")) == ended
+    world.close()
 
 
 def test_what_no_camera_of_the_site_explains_is_told_and_does_no_harm(world):

@@ -7,9 +7,11 @@ work: it begins where a pool's rule allows it and nothing more urgent waits ther
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
 from cumbre.orchestration.models import DEADLINE, DROPPED, KILLED, Job, Priority
@@ -181,11 +183,11 @@ class Dispatcher:
     def _images(self, without: Iterable[str] = ()) -> list[_Waiting]:
         """Images that wait, the oldest first."""
         found = [w for w in self._waiting.values() if self._is_image(w.job) and w.job.id not in without]
-        return sorted(found, key=lambda w: (w.job.deadline_tai or float("inf"), w.number))
+        return sorted(found, key=lambda w: (_age(w), w.number))
 
     def _others(self) -> list[_Waiting]:
         found = [w for w in self._waiting.values() if w.job.priority is not Priority.PROMPT]
-        return sorted(found, key=lambda w: (w.job.priority, w.number))
+        return sorted(found, key=lambda w: (_age(w), w.number))
 
     def _late(self, now_tai: float) -> Iterable[Leave]:
         patience = self.policy.kill_after_s
@@ -241,17 +243,20 @@ class Dispatcher:
             if not free or not left:
                 continue
             own = {w.job.id: (name, slots[w.job.affinity % len(slots)]) for w in left if w.job.affinity >= 0}
-            # among images of one visit those whose own worker is free
-            left.sort(
-                key=lambda w: (
-                    w.job.priority, w.job.deadline_tai or float("inf"), own.get(w.job.id) not in free, w.number,
-                )
-            )  # fmt: skip
-            chosen, left = left[: len(free)], left[len(free) :]
-            for pick_own in (True, False):
-                for item in [w for w in chosen if w.job.id in self._waiting]:
-                    slot = own.get(item.job.id) if pick_own else free[0]
-                    if slot in free:
-                        free.remove(slot)
-                        out.append(self._start(item.job, slot))
+            left.sort(key=_age)
+            for _, group in groupby(left, key=_age):
+                alike = list(group)  # the images of a visit: first those whose own worker is free
+                for item in alike:
+                    if own.get(item.job.id) in free:
+                        free.remove(own[item.job.id])
+                        out.append(self._start(item.job, own[item.job.id]))
+                rest = (item for item in alike if item.job.id in self._waiting)
+                for item, slot in list(zip(rest, free, strict=False)):
+                    free.remove(slot)
+                    out.append(self._start(item.job, slot))
+            left = [w for w in left if w.job.id in self._waiting]
         return out
+
+
+def _age(item: _Waiting) -> tuple[int, float]:
+    return item.job.priority, item.job.deadline_tai or math.inf
