@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from cumbre.payloads.injection import InjectionConfig
     from cumbre.payloads.raw import RawDetector
     from cumbre.payloads.refcat import RefCat
+    from cumbre.payloads.solar_system.attribution import KnownObjects
 
 ASSOCIATION_RADIUS_ARCSEC = 1.0
 
@@ -56,6 +57,8 @@ class DetectorResult:
         Fields of ``Prompt.visitQuality``; what is not known is absent.
     warnings
         What was left out of the lists, in words; empty for an image that was done in full.
+    ss_sources
+        Rows of SSSource: the sources that are known solar-system objects.
     wall_s
         Seconds by step.
     injected
@@ -73,6 +76,7 @@ class DetectorResult:
     wall_s: dict[str, float] = field(default_factory=dict)
     injected: list[dict[str, Any]] | None = None
     warnings: list[str] = field(default_factory=list)
+    ss_sources: list[dict[str, Any]] = field(default_factory=list)
 
 
 def warm_up() -> None:
@@ -123,6 +127,7 @@ def produce(
     processed_mjd_tai: float | None = None,
     config: DifferenceConfig | None = None,
     inject: InjectionConfig | None = None,
+    solar_system: Callable[[float], KnownObjects | None] | None = None,
 ) -> DetectorResult:
     """Process one detector image.
 
@@ -148,6 +153,9 @@ def produce(
     inject
         Fakes to plant in the calibrated image. Sources and forced photometry on their pixels are left out of every
         list: nothing of a fake is stored or sent.
+    solar_system
+        Gives the known objects in and around the image at a moment (MJD TAI). Sources that are one of them get its
+        ``ssObjectId`` and neither find nor found a DiaObject.
 
     Raises
     ------
@@ -177,12 +185,14 @@ def produce(
     ]
     known = (history() if callable(history) else history) or {}
     known_objects = _rows(known.get("DiaObject"))
-    objects, new_objects = _associate(sources, known_objects, config.reliable)
+    moving = _moving(sources, solar_system, context.midpoint_mjd_tai)
+    fixed = [source for source in sources if source["ssObjectId"] is None]
+    objects, new_objects = _associate(fixed, known_objects, config.reliable)
     forced = _force(result, context, [*known_objects, *new_objects])
     past = {name: _rows_of(known.get(name), objects) for name in ("DiaSource", "DiaForcedSource")}
     changed = _summaries(sources, objects, past, forced, processed)
     begun = _lap(wall, "associate", begun)
-    alerts = _alerts(result, context, sources, changed, known, config.reliable)
+    alerts = _alerts(result, context, sources, changed, known, config.reliable, moving)
     _lap(wall, "alerts", begun)
     return DetectorResult(
         sources,
@@ -195,7 +205,27 @@ def produce(
         wall,
         None if fakes is None else _injected(fakes, result, config.reliable),
         _warnings(result, config),
+        [row for row, _ in moving.values()],
     )
+
+
+Moving = dict[int, tuple[dict[str, Any], "Mapping[str, Any] | None"]]
+"""diaSourceId → its SSSource row and the object's row of mpc_orbits."""
+
+
+def _moving(
+    sources: list[dict[str, Any]], solar_system: Callable[[float], KnownObjects | None] | None, mjd_tai: float
+) -> Moving:
+    """Find the known objects of the solar system among the sources."""
+    known = solar_system(mjd_tai) if solar_system is not None else None
+    if known is None:
+        return {}
+    from cumbre.payloads.solar_system.attribution import attribute, named
+
+    rows = attribute(sources, known)
+    orbits = known.orbits({row["ssObjectId"] for row in rows}) if rows else {}
+    named(rows, orbits)
+    return {row["diaSourceId"]: (row, orbits.get(row["ssObjectId"])) for row in rows}
 
 
 def _warnings(result: DifferenceResult, config: DifferenceConfig) -> list[str]:
@@ -462,6 +492,7 @@ def _alerts(
     objects: dict[int, dict[str, Any]],
     past: Mapping[str, Any],
     reliable: float,
+    moving: Moving,
 ) -> list[dict[str, Any]]:
     """Packets of the reliable sources with 12 months of history and three stamps."""
     old = _history("diaSource", _rows_of(past.get("DiaSource"), objects))
@@ -486,6 +517,8 @@ def _alerts(
                 previous=old.get(identifier) or None,
                 forced=old_forced.get(identifier) or None,
                 stamps=stamps,
+                ss_source=moving.get(source["diaSourceId"], (None, None))[0],
+                mpc_orbits=moving.get(source["diaSourceId"], (None, None))[1],
             )
         )
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -186,6 +187,8 @@ def alert(
     previous: list[dict[str, Any]] | EncodedRows | None = None,
     forced: list[dict[str, Any]] | EncodedRows | None = None,
     stamps: dict[str, bytes] | None = None,
+    ss_source: dict[str, Any] | None = None,
+    mpc_orbits: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """One alert packet as a record of schema v11.1."""
     return {
@@ -196,8 +199,8 @@ def alert(
         "prvDiaSources": previous,
         "prvDiaForcedSources": forced,
         "diaObject": dia_object,
-        "ssSource": None,
-        "mpc_orbits": None,
+        "ssSource": ss_source,
+        "mpc_orbits": mpc_orbits,
         "cutoutDifference": (stamps or {}).get("cutoutDifference"),
         "cutoutScience": (stamps or {}).get("cutoutScience"),
         "cutoutTemplate": (stamps or {}).get("cutoutTemplate"),
