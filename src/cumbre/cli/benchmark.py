@@ -22,7 +22,65 @@ def benchmark() -> None:
     Examples:
       cumbre benchmark alerts
       cumbre benchmark alerts --field crowded --json
+      cumbre benchmark access --rows 10_000_000 --work /tmp/bench
     """
+
+
+@benchmark.command()
+@click.option(
+    "--rows",
+    type=lambda text: int(str(text).replace("_", "")),
+    default="1_000_000",
+    show_default=True,
+    help="Rows of the catalogue.",
+)
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of the data [default: temporary].",
+)
+@click.option(
+    "--outlines", type=click.IntRange(1), help="Images in ivoa.obscore [default: a tenth of the rows]."
+)
+@click.option(
+    "--clients", type=click.IntRange(1, 2000), default=200, show_default=True, help="People at once."
+)
+@click.option(
+    "--big", type=click.IntRange(0, 50), default=4, show_default=True, help="Of them, those who ask for much."
+)
+@click.option("--seconds", type=float, default=20.0, show_default=True, help="How long they ask.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def access(
+    rows: int, work: Path | None, outlines: int | None, clients: int, big: int, seconds: float, as_json: bool
+) -> None:
+    """Queries over HTTP beside the bare engines, cutouts, jobs, and many clients at once.
+
+    The first run makes the data, 250 MB and 20 seconds for each million rows; with --work later runs take them from
+    there. Figures: milliseconds, rows a second and processor seconds of service and database.
+
+    \b
+    Examples:
+      cumbre benchmark access
+      cumbre benchmark access --rows 10_000_000 --work /tmp/bench --seconds 600 --json
+    """
+    from cumbre.site.access_benchmark import WANTED, run
+
+    with tempfile.TemporaryDirectory(prefix="cumbre-bench-") as temporary:
+        figures = run(
+            (work or Path(temporary)).resolve(), rows, outlines=outlines or max(rows // 10, 1), clients=clients, big=big,
+            seconds=seconds,
+        )  # fmt: skip
+    if as_json:
+        print_json(figures)
+        return
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            told = ", ".join(
+                f"{k} {v:,}" if isinstance(v, int | float) else f"{k} {v}" for k, v in value.items()
+            )
+        else:
+            told = f"{value:,}"
+        click.echo(f"{name:28s} {told}" + (f"   [wanted: {WANTED[name]}]" if name in WANTED else ""))
 
 
 @benchmark.command()
