@@ -120,6 +120,39 @@ def decode_packet(packet: bytes) -> dict[str, Any]:
     return record
 
 
+HEAVY = ("prvDiaSources", "prvDiaForcedSources", "cutoutDifference", "cutoutScience", "cutoutTemplate")
+"""What a lite packet does without: history and pictures."""
+
+
+@lru_cache(maxsize=1)
+def _light_schema() -> dict[str, Any]:
+    """The schema without the heavy fields: a reader of it skips their bytes."""
+    text = resources.files("cumbre.alerts").joinpath("schema/lsst.v11_1.alert.avsc").read_text("utf-8")
+    whole = json.loads(text)
+    whole["fields"] = [field for field in whole["fields"] if field["name"] not in HEAVY]
+    return dict(fastavro.parse_schema(whole))
+
+
+def lite_packet(packet: bytes) -> bytes:
+    """The same alert with null for history and pictures; the schema stays that of the whole packet.
+
+    Raises
+    ------
+    BadFileError
+        Not a packet of the present schema.
+    """
+    if packet[: _HEADER.size] != _HEADER.pack(0, SCHEMA_ID):
+        raise BadFileError(f"alert packet: expected one of schema {SCHEMA_ID}")
+    stream = io.BytesIO(packet)
+    stream.seek(_HEADER.size)
+    with _reading("alert packet"):
+        record = fastavro.schemaless_reader(stream, schema(), _light_schema())
+    out = io.BytesIO()
+    out.write(_HEADER.pack(0, SCHEMA_ID))
+    fastavro.schemaless_writer(out, schema(), record)
+    return out.getvalue()
+
+
 def write_container(path: Path, records: Iterable[Mapping[str, Any]]) -> Checksummed:
     """Write an Avro container file (schema inside, blocks deflated), whole or not at all.
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
+from cumbre.alerts.packet import lite_packet
 from cumbre.bus import Bus
 from cumbre.core.configuration import Site
+from cumbre.core.errors import BadFileError
 from cumbre.core.time import Clock
 from cumbre.stores.postgres import Database
 
-TOPIC = "Alerts.packet"
+log = logging.getLogger(__name__)
+
+TOPIC, LITE = "Alerts.packet", "Alerts.lite"
 _BATCH = 50
 _POLL_S = 0.1
 _NEXT = """
@@ -32,7 +37,7 @@ _REPORTED = "UPDATE level1.visit_detector SET alerted_tai = %s WHERE visit = %s 
 
 
 class OutboxRelay:
-    """Publishes what prompt processing left in ``level1.alert_outbox``.
+    """Publishes what prompt processing left in ``level1.alert_outbox``, whole and without pictures and history.
 
     A packet is marked as sent after the bus has it; a relay killed in between publishes it again, so readers
     drop repeats by ``diaSourceId``. When the last alert of a detector is out, the hop ``alerted`` says so.
@@ -82,9 +87,11 @@ class OutboxRelay:
 
     def _relay_batch(self) -> int:
         rows = self._db.query(_NEXT, (_BATCH,))
-        for row in rows:
-            self._bus.publish_bytes(TOPIC, bytes(row["packet"]), key=str(row["alert_id"]))
-        if rows:
+        packets = [(str(row["alert_id"]), bytes(row["packet"])) for row in rows]
+        if packets:
+            self._bus.publish_many_bytes((TOPIC, key, packet) for key, packet in packets)
+            light = [(LITE, key, small) for key, packet in packets if (small := _lite(packet))]
+            self._bus.publish_many_bytes(light)
             self._db.execute(_MARK, (self._clock.now_tai_s(), [row["sequence"] for row in rows]))
         return len(rows)
 
@@ -102,3 +109,12 @@ class OutboxRelay:
             self._bus.publish("Image.hop", hop)
             self._db.execute(_REPORTED, (now, row["visit"], row["detector"]))
         return len(rows)
+
+
+def _lite(packet: bytes) -> bytes | None:
+    """The lite packet; None for one that cannot be read, which only the whole stream carries."""
+    try:
+        return lite_packet(packet)
+    except BadFileError as error:
+        log.warning("an alert has no lite packet: %s", error)
+        return None

@@ -195,10 +195,17 @@ class Bus(ABC):
 
     def publish_bytes(self, topic: str, payload: bytes, key: str = "", *, index: int = 0) -> int:
         """Store the bytes of a stream topic as they are."""
+        return self.publish_many_bytes([(topic, key, payload)], index=index)[0]
+
+    def publish_many_bytes(self, packets: Iterable[tuple[str, str, bytes]], *, index: int = 0) -> list[int]:
+        """Store ``(topic, key, bytes)`` of stream topics together, as :meth:`publish_many` does."""
+        return self._append([self._packet(*packet, index=index) for packet in packets])
+
+    def _packet(self, topic: str, key: str, payload: bytes, *, index: int) -> Outgoing:
         known = self.topics[topic]
         if known.kind != "stream":
             raise UserError(f"topic {topic} is {known.kind}, not stream: use publish with its fields")
-        return self._append([self._stamped(known, {}, index=index, key=key, payload=bytes(payload))])[0]
+        return self._stamped(known, {}, index=index, key=key, payload=bytes(payload))
 
     def command(
         self, topic: str, fields: Mapping[str, Any] | None = None, timeout_s: float = 30.0, *, index: int = 0
