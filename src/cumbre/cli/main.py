@@ -34,6 +34,11 @@ VERBS = {
     "lightcurve": ("cumbre.cli.lightcurve", "lightcurve", "Frames of one field to light curves."),
     "tape": ("cumbre.cli.tape", "tape", "List, read and verify tape volumes."),
     "ship": ("cumbre.cli.ship", "ship", "Carry images and telemetry on a disk."),
+    "process-missed": (
+        "cumbre.cli.missed",
+        "process_missed",
+        "Do the images that prompt processing left for later.",
+    ),
     "report": ("cumbre.cli.report", "report", "Measure the quality of alerts on simulated images."),
     "train": ("cumbre.cli.train", "train", "Train the network that gives sources their reliability."),
     "benchmark": ("cumbre.cli.benchmark", "benchmark", "Measure the speed of this machine with our code."),

@@ -222,6 +222,22 @@ class JobStore:
         )
         return int(rows[0][0])
 
+    def count_waiting(self, kind: str) -> int:
+        """Jobs of a kind that nobody runs."""
+        rows = self.db.execute(
+            "SELECT count(*) FROM orchestration.job WHERE state = 'queued' AND kind = %s", (kind,)
+        )
+        return int(rows[0][0])
+
+    def requeue(self, kind: str) -> int:
+        """Put the failed jobs of a kind back into the queue, with all their tries; gives how many."""
+        rows = self.db.execute(
+            "UPDATE orchestration.job SET state = 'queued', is_reported = false, lease_until_tai = 0,"
+            " max_attempts = max_attempts + attempts WHERE state = 'failed' AND kind = %s RETURNING id",
+            (kind,),
+        )
+        return len(rows)
+
     def get(self, job_id: str) -> dict[str, Any] | None:
         """Everything known of a job; None when there is none."""
         rows = self.db.query("SELECT * FROM orchestration.job WHERE id = %s", (job_id,))
