@@ -20,6 +20,8 @@ def process(payload: dict[str, Any]) -> dict[str, Any]:
     path = Path(payload["image"]["path"])
     if path.name.startswith("notemplate"):
         raise NoWorkFoundError("no template")
+    if path.name.startswith("breaks"):
+        raise ZeroDivisionError("one over nothing")
     if path.name.startswith("flaky") and not path.with_suffix(".tried").exists():
         path.with_suffix(".tried").touch()
         raise TransientError("database restarts")
@@ -29,3 +31,7 @@ def process(payload: dict[str, Any]) -> dict[str, Any]:
         "preload": {"note": "tile a", "is_late": payload["visit"] is None},
         "quality": {"seeing": 0.9, "nStars": 40, "unknownThing": 1.0},
     }
+
+
+def correct(payload: dict[str, Any]) -> dict[str, Any]:
+    return {"message": "ISR only", "quality": {"skyNoise": 4.0}}

@@ -89,6 +89,7 @@ def collect(site: Site, db: Database) -> dict[str, Any]:
         },
         "processed": len(latency),
         "outcomes": outcomes(db),
+        "left_for_later": missed(db),
         "alerts": int(alerts[0]["n"]),
         "completeness": night_score.completeness,
         "purity": night_score.purity,
@@ -167,6 +168,13 @@ def outcomes(db: Database) -> dict[str, int]:
         (),
     )
     return {row["outcome"]: int(row["n"]) for row in rows}
+
+
+def missed(db: Database) -> dict[str, dict[str, int]]:
+    """Images that prompt processing left for later: reason → state → number."""
+    from cumbre.orchestration.missed import summary
+
+    return summary(db)
 
 
 def hop_table(db: Database) -> list[dict[str, Any]]:
@@ -261,6 +269,9 @@ def summary_lines(data: dict[str, Any]) -> list[str]:
             f"planted sources     {planted['found']} of {planted['n']} found in {planted['visits']} visits: "
             + ", ".join(f"mag {r['mag']:.1f} {r['found']}/{r['n']}" for r in planted["by_magnitude"]),
         )
+    for reason, states in data["left_for_later"].items():
+        done = ", ".join(f"{n} {state}" for state, n in states.items())
+        lines.append(f"left for later      {reason}: {done}")
     for fault in data["faults"]:
         lines.append(f"fault               {fault}")
     for item in data["failures"][:5]:
