@@ -101,6 +101,7 @@ def make_plan(adql: str, *, tables: Tables, user: User) -> Plan:
         It is wrong; where, and what to do.
     """
     statement = parse(adql)
+    tables = tables.seen_by(user)
     used = _tables_of(statement, tables, user)
     in_postgres = any(table.engine == "postgres" for table in used)
     in_files = any(table.engine == "parquet" for table in used)

@@ -188,13 +188,12 @@ def bell(cancelled: threading.Event, stop: Callable[[], None]) -> Iterator[None]
     def wait() -> None:
         while not done.is_set():
             if cancelled.wait(0.05):
-                stop()
+                if not done.is_set():
+                    stop()
                 return
 
-    thread = threading.Thread(target=wait, name="query-bell", daemon=True)
-    thread.start()
+    threading.Thread(target=wait, name="query-bell", daemon=True).start()
     try:
         yield
     finally:
-        done.set()
-        thread.join()
+        done.set()  # the thread ends by itself: each query would wait for it up to the time of its look

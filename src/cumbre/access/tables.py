@@ -158,6 +158,10 @@ class Tables:
         for provider in self.providers:
             yield from (table for table in provider(user) if user.may_read(table.public))
 
+    def seen_by(self, user: User) -> Tables:
+        """What a user sees now, looked up once."""
+        return Tables(list(self.visible(user)), self.schemas, self.keys)
+
     def visible_schemas(self, user: User = ANYBODY) -> list[Schema]:
         """Schemas with at least one visible table, in the order of their tables."""
         described = {schema.name: schema for schema in self.schemas}
