@@ -91,6 +91,41 @@ STEPS = (
     );
     CREATE INDEX audit_time ON access.audit (at);
     """,
+    """
+    CREATE TABLE access.subject (
+        issuer text NOT NULL,
+        subject text NOT NULL,
+        account text NOT NULL UNIQUE REFERENCES access.account,
+        PRIMARY KEY (issuer, subject)
+    );
+    CREATE TABLE access.claimed_member (
+        account text NOT NULL REFERENCES access.account,
+        group_name text NOT NULL REFERENCES access.account_group,
+        PRIMARY KEY (account, group_name)
+    );
+    CREATE VIEW access.all_member AS SELECT account, group_name FROM access.member
+        UNION SELECT account, group_name FROM access.claimed_member;
+    CREATE TABLE access.login (
+        state_sha256 bytea PRIMARY KEY,
+        nonce text NOT NULL,
+        verifier text NOT NULL,
+        target text NOT NULL,
+        expires timestamptz NOT NULL
+    );
+    CREATE TABLE access.session (
+        session_sha256 bytea PRIMARY KEY,
+        account text NOT NULL REFERENCES access.account,
+        expires timestamptz NOT NULL
+    );
+    CREATE TABLE access.device (
+        device_sha256 bytea PRIMARY KEY,
+        user_code text NOT NULL UNIQUE,
+        scopes text[] NOT NULL,
+        days float8 NOT NULL,
+        account text REFERENCES access.account,
+        expires timestamptz NOT NULL
+    );
+    """,
 )
 
 
@@ -246,7 +281,7 @@ class Identity:
 
     def groups_of(self, account: str) -> frozenset[str]:
         """Groups of an account."""
-        rows = self._db.execute("SELECT group_name FROM access.member WHERE account = %s", (account,))
+        rows = self._db.execute("SELECT group_name FROM access.all_member WHERE account = %s", (account,))
         return frozenset(row[0] for row in rows)
 
     # tokens
@@ -324,7 +359,7 @@ class Identity:
             " THEN last_used ELSE now() END FROM access.account a"
             " WHERE token_id = %s AND a.name = t.account"
             " RETURNING t.account, secret_sha256, scopes, expires, revoked, disabled,"
-            " (SELECT coalesce(array_agg(group_name), '{}') FROM access.member m WHERE m.account = t.account)"
+            " (SELECT coalesce(array_agg(group_name), '{}') FROM access.all_member m WHERE m.account = t.account)"
             " AS groups",
             (match["id"],),
         )
@@ -339,15 +374,80 @@ class Identity:
                 f"token {match['id']} expired at {row['expires']:%Y-%m-%dT%H:%M:%SZ}; make another: "
                 f"cumbre token create --user {row['account']}"
             )
-        groups = frozenset(row["groups"])
-        return Principal(
-            account=row["account"],
-            rights=self._rights(groups),
-            scopes=frozenset(row["scopes"]),
-            groups=groups,
-            token_id=match["id"],
-            address=address,
+        return self.principal(
+            row["account"], row["scopes"], token_id=match["id"], address=address, groups=row["groups"]
         )
+
+    def principal(
+        self,
+        account: str,
+        scopes: Iterable[str],
+        *,
+        token_id: str,
+        address: str = "",
+        groups: Iterable[str] | None = None,
+    ) -> Principal:
+        """An account that has shown who it is, with the rights of its groups."""
+        known = self.groups_of(account) if groups is None else frozenset(groups)
+        return Principal(account, self._rights(known), frozenset(scopes), known, token_id, address)
+
+    # people who log in elsewhere
+
+    def account_of(self, issuer: str, subject: str, wanted: str, *, is_local: bool = False) -> str:
+        """Account of somebody whom a provider knows; the first time one is made.
+
+        Parameters
+        ----------
+        wanted
+            The name that the provider tells; another is made of it when it is taken, so that nobody gets the account
+            of somebody else by calling themselves so.
+        is_local
+            The provider is this site's own: its users are the site's accounts.
+
+        Raises
+        ------
+        AuthorizationError
+            The account is disabled.
+        """
+        if not subject:
+            raise AuthenticationError("the provider tells no subject")
+        name = re.sub(r"[^A-Za-z0-9._@-]", "-", wanted)[:50]
+        if not _NAME.fullmatch(name) or name == ANONYMOUS:
+            name = f"u-{name}"[:50].rstrip("-") if name else "u"
+        mark = hashlib.sha256(f"{issuer} {subject}".encode()).hexdigest()[:8]
+        with self._db.connection() as link:
+            found = link.execute(
+                "SELECT account FROM access.subject WHERE issuer = %s AND subject = %s", (issuer, subject)
+            ).fetchone()
+            if found is None:
+                for candidate in (name, f"{name}.{mark}"):
+                    made = link.execute(
+                        "INSERT INTO access.account (name) VALUES (%s) ON CONFLICT DO NOTHING RETURNING 1",
+                        (candidate,),
+                    ).fetchone()
+                    if made or (is_local and candidate == name):
+                        name = candidate
+                        break
+                else:
+                    raise AuthorizationError(f"{wanted}: this account belongs to somebody else")
+                link.execute("INSERT INTO access.subject VALUES (%s, %s, %s)", (issuer, subject, name))
+            else:
+                name = found[0]
+            disabled = link.execute("SELECT disabled FROM access.account WHERE name = %s", (name,)).fetchone()
+        if disabled and disabled[0]:
+            raise AuthorizationError(f"{name}: this account is disabled")
+        return name
+
+    def set_claimed_groups(self, account: str, groups: Iterable[str]) -> frozenset[str]:
+        """The groups that a provider tells replace those that it told before; unknown ones are left out."""
+        with self._db.connection() as link:
+            link.execute("DELETE FROM access.claimed_member WHERE account = %s", (account,))
+            rows = link.execute(
+                "INSERT INTO access.claimed_member SELECT %s, name FROM access.account_group WHERE name = ANY(%s)"
+                " RETURNING group_name",
+                (account, sorted(set(groups))),
+            ).fetchall()
+        return frozenset(row[0] for row in rows)
 
     def _rights(self, groups: Iterable[str]) -> frozenset[str]:
         rows = self._db.execute(
