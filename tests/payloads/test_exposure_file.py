@@ -11,9 +11,15 @@ from cumbre.core.errors import BadFileError, NotFoundError
 from cumbre.core.geometry import approximate_wcs
 from cumbre.core.instrument import load_instrument
 from cumbre.payloads.exposure import Exposure
-from cumbre.payloads.exposure_file import load_exposure, save_exposure
+from cumbre.payloads.exposure_file import load_about, load_exposure, save_exposure
 from cumbre.payloads.kernels.psf import gaussian_psf
 from cumbre.payloads.kernels.wcs import PlaneWcs
+
+
+STARS = np.array(
+    [(1.25, 65535, True, -1), (2.5, 0, False, 7)],
+    dtype=[("x", "f8"), ("bits", "u2"), ("is_psf_star", "?"), ("ref_index", "i8")],
+)
 
 
 @pytest.fixture
@@ -30,7 +36,7 @@ def exposure():
         zero_point=29.5,
         zero_point_err=0.01,
         is_background_subtracted=True,
-        metadata={"obs_id": "XC_O_20261120_000001", "depth": np.zeros(3)},
+        metadata={"obs_id": "XC_O_20261120_000001", "depth": np.zeros(3), "stars": STARS},
         metrics={"n_stars": 12.0},
     )
 
@@ -42,6 +48,10 @@ def test_round_trip(exposure, tmp_path):
         np.testing.assert_array_equal(getattr(again, name), getattr(exposure, name))
     assert again.zero_point == 29.5
     assert again.is_background_subtracted
+    stars = again.metadata.pop("stars")
+    assert stars.dtype == STARS.dtype
+    np.testing.assert_array_equal(stars, STARS)
+    assert load_about(tmp_path / "e.fits")["metadata"] == again.metadata
     assert again.metadata == {"obs_id": "XC_O_20261120_000001"}
     assert again.metrics == {"n_stars": 12.0}
     np.testing.assert_allclose(again.psf.stamp(10.3, 20.2), exposure.psf.stamp(10.3, 20.2), atol=1e-7)

@@ -1,5 +1,6 @@
 """Instrument signature removal: known effects put in must come out; real frames must be clean."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,144 @@ def test_every_effect_is_undone(democam):
     # crosstalk of the 70,000 electron block: 5 electrons in the neighbouring amplifier, gone
     ghost = residual[300:320, 256 + (600 - 512) : 256 + (640 - 512)]
     assert abs(ghost.mean() - np.median(residual)) < 1.0
+
+
+def test_dark_current_and_variance(democam):
+    rng = np.random.default_rng(11)
+    warm = np.full((1024, 1024), 2.0)  # electrons per second
+    warm[:, 512:] = 6.0
+    dark = calibration.combine_dark(
+        [read_out(democam, 100 * warm, rng, IMGTYPE="DARK", EXPTIME=0.0, DARKTIME=100.0) for _ in range(5)],
+        None,
+    )
+    assert np.median(dark[:, :512]) == pytest.approx(2.0, abs=0.02)
+    light = rng.poisson(1500 + 30 * warm).astype(float)
+    exposure = assemble_and_correct(read_out(democam, light, rng), Calibrations(dark=dark))
+    for half in (np.s_[:, :512], np.s_[:, 512:]):
+        assert np.median(exposure.image[half]) == pytest.approx(1500, abs=3)
+        # the dark's own photons stay in the variance
+        assert np.var(exposure.image[half] - 1500) == pytest.approx(
+            np.mean(exposure.variance[half]), rel=0.03
+        )
+
+
+def test_each_gain_and_the_whole_matrix_of_crosstalk(democam):
+    rng = np.random.default_rng(12)
+    detector = democam.detectors[0]
+    n = len(detector.amplifiers)
+    matrix = rng.uniform(-2e-3, 4e-3, (n, n)) * (1 - np.eye(n))
+    amplifiers = tuple(
+        a.model_copy(update={"gain": 1.0 + 0.1 * k}) for k, a in enumerate(detector.amplifiers)
+    )
+    other = detector.model_copy(
+        update={"amplifiers": amplifiers, "crosstalk": tuple(tuple(row) for row in matrix.tolist())}
+    )
+    camera = democam.model_copy(update={"detectors": (other, *democam.detectors[1:])})
+    light = rng.uniform(100, 40000, (1024, 1024))
+    exposure = assemble_and_correct(read_out(camera, light, rng, noise=False))
+    # without noise the overscan is whole counts: up to one count, times the gains, is left
+    assert np.abs(exposure.image - light).max() < 7
+    assert np.abs(exposure.image - light).mean() < 2
+    without = camera.model_copy(update={"detectors": (other.model_copy(update={"crosstalk": ()}),)})
+    raw = read_out(camera, light, rng, noise=False)
+    wrong = assemble_and_correct(RawDetector(raw.amplifiers, {}, without.detectors[0], without, raw.metadata))
+    assert np.abs(wrong.image - light).max() > 100
+
+
+def test_crosstalk_of_another_detector_goes_when_its_file_is_there(democam, tmp_path):
+    from cumbre.capture.raw_fits import raw_fits_bytes
+
+    rng = np.random.default_rng(13)
+    victim, source = democam.detectors[0], democam.detectors[1]
+    n = len(victim.amplifiers)
+    matrix = rng.uniform(0, 3e-3, (n, n))
+    none = ((0.0,) * n,) * n
+    coupled = victim.model_copy(
+        update={"crosstalk": none, "crosstalk_from": {source.name: tuple(map(tuple, matrix.tolist()))}}
+    )
+    silent = source.model_copy(update={"crosstalk": none})
+    camera = democam.model_copy(update={"detectors": (coupled, silent)})
+    bright = np.full((1024, 1024), 100.0)
+    bright[300:340, 200:900] = 50000
+    first = democam.model_copy(update={"detectors": (silent,)})
+    elsewhere = read_out(first, bright, rng, CHIPID=source.name)
+    counts = [
+        (bright[a.detector_box.slices] / a.gain)[:: -1 if a.flip_y else 1, :: -1 if a.flip_x else 1]
+        for a in source.amplifiers
+    ]
+    light = np.full((1024, 1024), 1000.0)
+    for k, a in enumerate(coupled.amplifiers):
+        ghost = sum(matrix[k][m] * counts[m] for m in range(n)) * a.gain
+        light[a.detector_box.slices] += ghost[:: -1 if a.flip_y else 1, :: -1 if a.flip_x else 1]
+    raw = read_out(camera, light, rng)
+    paths = [tmp_path / f"image_{name}.fits" for name in (victim.name, source.name)]
+    here = replace(raw, path=str(paths[0]))
+    alone = assemble_and_correct(here)
+    assert alone.image[300:340].max() - np.median(alone.image) > 60
+    assert f"no file of {source.name}" in alone.metadata["problems"][-1]
+    header = {**HEADER, "CHIPID": source.name, "DETECTOR": source.id}
+    cards = [{"name": key, "value": value, "comment": ""} for key, value in header.items()]
+    paths[1].write_bytes(raw_fits_bytes(source, np.stack(elsewhere.amplifiers), cards))
+    both = assemble_and_correct(here)
+    assert both.metadata["problems"] == raw_problems(raw)
+    assert np.abs(both.image - 1000).max() < 8 * 1.5 * victim.amplifiers[0].read_noise
+    assert abs(np.median(both.image[300:340]) - np.median(both.image[500:540])) < 0.6
+
+
+def raw_problems(raw):
+    return list(raw.metadata.problems)
+
+
+def fringes(phase=0.0):
+    yy, xx = np.mgrid[0:1024, 0:1024]
+    return 0.02 * np.sin(xx / 9 + 6 * np.sin(yy / 130) + phase)
+
+
+def test_the_fringe_frame_finds_its_own_strength(democam):
+    rng = np.random.default_rng(14)
+    pattern = fringes().astype(np.float32)
+
+    def sky_of(level, stars=60):
+        light = level * (1 + pattern.astype(float))
+        for x, y, flux in zip(
+            rng.uniform(9, 1015, stars),
+            rng.uniform(9, 1015, stars),
+            rng.uniform(1e4, 1e5, stars),
+            strict=True,
+        ):
+            yy, xx = np.mgrid[int(y) - 8 : int(y) + 9, int(x) - 8 : int(x) + 9]
+            light[yy, xx] += flux / 25.1 * np.exp(-((xx - x) ** 2 + (yy - y) ** 2) / 8)
+        return rng.poisson(light).astype(float)
+
+    made = calibration.combine_fringe(
+        [
+            assemble_and_correct(read_out(democam, sky_of(level), rng))
+            for level in (4000, 5000, 6000, 7000, 8000)
+        ]
+    )
+    inner = np.s_[50:-50, 50:-50]
+    made, truth = made[inner].ravel(), pattern[inner].ravel()
+    assert (made * truth).sum() / (truth**2).sum() == pytest.approx(1, abs=0.03)
+    assert np.std(made - truth) < 1.1 * 1.25 / np.sqrt(5 * 5800)  # the photon noise of a median of five
+    light = sky_of(3000.0)
+    before = assemble_and_correct(read_out(democam, light, rng))
+    after = assemble_and_correct(read_out(democam, light, rng), Calibrations(fringe=pattern))
+    assert after.metrics["fringe_electrons"] == pytest.approx(3000, rel=0.02)
+
+    def left(exposure):
+        flat = exposure.image - np.median(exposure.image)
+        faint = np.abs(flat) < 300
+        return abs(np.mean(flat[faint] * pattern[faint]) / np.mean(pattern[faint] ** 2))
+
+    assert left(before) > 2500
+    assert left(after) < 60
+    blank = assemble_and_correct(
+        read_out(democam, rng.poisson(np.full((1024, 1024), 3000.0)).astype(float), rng),
+        Calibrations(fringe=pattern),
+    )
+    assert abs(blank.metrics["fringe_electrons"]) < 30
+    with pytest.raises(UnprocessableDataError, match="five or more"):
+        calibration.combine_fringe([before])
 
 
 def test_saturation_is_flagged_and_grown(democam):

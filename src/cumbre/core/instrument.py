@@ -109,6 +109,8 @@ class Detector(_Model):
     amplifiers: tuple[Amplifier, ...]
     crosstalk: tuple[tuple[float, ...], ...] = ()
     """``crosstalk[victim][source]``: part of the source's signal that appears in the victim. Empty = none."""
+    crosstalk_from: dict[str, tuple[tuple[float, ...], ...]] = Field(default_factory=dict)
+    """Name of another detector → ``[victim][source]``: part of its amplifiers' signals that appears here."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -126,6 +128,12 @@ class Detector(_Model):
         n = len(self.amplifiers)
         if self.crosstalk and (len(self.crosstalk) != n or any(len(row) != n for row in self.crosstalk)):
             raise ValueError(f"detector {self.name}: crosstalk must be {n} x {n} or absent")
+        for other, rows in self.crosstalk_from.items():
+            if len(rows) != n or len({len(row) for row in rows}) != 1:
+                raise ValueError(
+                    f"detector {self.name}: crosstalk_from {other}: expected {n} rows, each of one number for each "
+                    f"amplifier of {other}"
+                )
         return self
 
 

@@ -14,10 +14,13 @@ from numpy.typing import NDArray
 from cumbre.core.errors import BadFileError, NotFoundError, UnprocessableDataError
 
 if TYPE_CHECKING:
+    from cumbre.payloads.exposure import Exposure
     from cumbre.payloads.raw import RawDetector
 
 FloatImage = NDArray[np.float32]
 PARTS = ("bias", "dark", "flat", "fringe", "defects")
+FRINGE_SMOOTH_PX = 101
+"""Sigma of what is background and not fringe."""
 _PLANES = tuple(name.upper() for name in PARTS)
 
 
@@ -240,6 +243,40 @@ def combine_flat(
         frames.append(image / np.float32(level))
     flat = clipped_mean(np.stack(frames))
     return np.asarray(flat / np.float32(_lit_median(flat)), np.float32)
+
+
+def combine_fringe(exposures: Sequence[Exposure]) -> FloatImage:
+    """Fringe frame from flattened images of different fields in one filter: their pattern relative to the sky.
+
+    Parameters
+    ----------
+    exposures
+        After instrument signature removal without a fringe frame, sky included; five or more, each pointing
+        elsewhere, so that stars go.
+
+    Raises
+    ------
+    UnprocessableDataError
+        Fewer than five, of different filters or detectors, or without sky.
+    """
+    import cv2
+
+    if len(exposures) < 5:
+        raise UnprocessableDataError(f"fringe: {len(exposures)} images; expected five or more")
+    kinds = {(e.metadata.get("physical_filter"), e.metadata.get("detector"), e.shape) for e in exposures}
+    if len(kinds) != 1:
+        raise UnprocessableDataError(
+            f"fringe: images of different filters or detectors: {sorted(map(str, kinds))}"
+        )
+    frames = []
+    for exposure in exposures:
+        level = float(np.median(exposure.image[::5, ::5]))
+        if not level > 100:
+            raise UnprocessableDataError(f"fringe: sky of {level:.0f} electrons; expected more than 100")
+        frames.append(exposure.image / np.float32(level) - np.float32(1))
+    pattern = np.median(np.stack(frames), axis=0).astype(np.float32)  # stars are never below the sky
+    broad = cv2.GaussianBlur(pattern, (0, 0), FRINGE_SMOOTH_PX, borderType=cv2.BORDER_REFLECT)
+    return np.asarray(pattern - broad, np.float32)
 
 
 def _lit_median(image: FloatImage) -> float:

@@ -23,7 +23,7 @@ FORMAT = "CUMBRE-EXPOSURE-1"
 def save_exposure(exposure: Exposure, path: str | Path) -> None:
     """Write an exposure atomically.
 
-    Only metadata that JSON can hold (numbers, texts, lists of them) is kept; arrays in it are not.
+    Of the metadata numbers and texts are kept, and the table of the calibration's ``stars``.
     """
     import fitsio
 
@@ -53,6 +53,10 @@ def save_exposure(exposure: Exposure, path: str | Path) -> None:
         }
         if exposure.psf is not None:
             planes["PSF"] = exposure.psf.coefficients
+        stars = exposure.metadata.get("stars")
+        if isinstance(stars, np.ndarray) and stars.dtype.names:
+            fits.write_table(stars, extname="STARS")
+            fits[-1].write_checksum()
         planes["ABOUT"] = text  # last: a file cut short anywhere lacks it
         for name, plane in planes.items():
             fits.write(np.ascontiguousarray(plane), extname=name)
@@ -68,6 +72,13 @@ def save_exposure(exposure: Exposure, path: str | Path) -> None:
                 fits["PSF"].write_key(key, value)
         content = bytes(fits.read_raw())
     write_atomic(Path(path), content)
+
+
+def _stars(fits: Any, names: list[str]) -> dict[str, Any]:
+    if "STARS" not in names:
+        return {}
+    table = fits["STARS"].read()
+    return {"stars": table.astype(table.dtype.newbyteorder("="))}
 
 
 def _finite(value: float) -> float:
@@ -136,7 +147,7 @@ def load_exposure(path: str | Path) -> Exposure:
                 zero_point=float(header.get("MAGZERO", math.nan)),
                 zero_point_err=float(header.get("MAGZERR", math.nan)),
                 is_background_subtracted=bool(about["is_background_subtracted"]),
-                metadata=about["metadata"],
+                metadata=about["metadata"] | _stars(fits, names),
                 metrics=about["metrics"],
             )
     except (OSError, ValueError, KeyError, TypeError) as error:

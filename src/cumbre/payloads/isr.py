@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from cumbre.core.instrument import Amplifier
 from cumbre.payloads.calibration import Calibrations
 from cumbre.payloads.exposure import Exposure, MaskPlane
 from cumbre.payloads.kernels import isr as kernel
-from cumbre.payloads.raw import RawDetector
+from cumbre.payloads.raw import RawDetector, read_raw
 
 MJD_1970 = 40587.0
 SKIPPED_OVERSCAN_COLUMNS = 2
@@ -39,8 +41,45 @@ def subtract_overscan(
     return np.asarray(data - np.float32(np.median(columns)), np.float32)
 
 
+def coupled_detectors(raw: RawDetector) -> tuple[list[RawDetector], list[str]]:
+    """Read-outs of the detectors whose signal appears in this one, from the files beside its own.
+
+    Returns
+    -------
+    Those that are there, and in words those that are not.
+    """
+    there, missing = [], []
+    for name in raw.detector.crosstalk_from:
+        path = Path(raw.path)
+        beside = path.with_name(path.name.replace(raw.detector.name, name))
+        if beside != path and beside.is_file():
+            there.append(read_raw(beside, raw.instrument))
+        else:
+            missing.append(f"no file of {name} beside this one: its crosstalk is not removed")
+    return there, missing
+
+
+def _coupled_signal(raw: RawDetector, others: Sequence[RawDetector]) -> NDArray[np.float32] | None:
+    """ADU that other detectors leave in each amplifier, in read-out order; None for none."""
+    total: NDArray[np.float32] | None = None
+    for other in others:
+        matrix = np.array(raw.detector.crosstalk_from[other.detector.name], np.float32)
+        sources = []
+        for amplifier, array in zip(other.detector.amplifiers, other.amplifiers, strict=True):
+            signal = subtract_overscan(array, amplifier, has_bias_frame=False)
+            terms = [*amplifier.linearity[:2], 0.0, 0.0]
+            sources.append(signal * (1 + signal * (np.float32(terms[0]) + signal * np.float32(terms[1]))))
+        part = np.tensordot(matrix, np.stack(sources), axes=1)
+        total = part if total is None else total + part
+    return total
+
+
 def detector_planes(
-    raw: RawDetector, calibrations: Calibrations | None = None, *, in_adu: bool = False
+    raw: RawDetector,
+    calibrations: Calibrations | None = None,
+    *,
+    in_adu: bool = False,
+    others: Sequence[RawDetector] = (),
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.uint16]]:
     """Assembled image, variance and mask of one raw detector.
 
@@ -52,6 +91,8 @@ def detector_planes(
         What to apply; None applies overscan, linearity, crosstalk and gain only.
     in_adu
         Leave everything but overscan and assembly out (for making bias frames).
+    others
+        Detectors read out at the same time whose signal appears in this one (``crosstalk_from``).
 
     Returns
     -------
@@ -71,6 +112,9 @@ def detector_planes(
         has_level = use.bias is not None or in_adu
         signal[k, :h, :w] = subtract_overscan(array, amplifier, has_bias_frame=has_level)
         saturated[k, :h, :w] = array[amplifier.raw_box.slices] >= amplifier.saturation
+    elsewhere = None if in_adu else _coupled_signal(raw, others)
+    if elsewhere is not None:
+        signal -= elsewhere
     linearity = np.zeros((n, 2), np.float32)
     if not in_adu:
         for k, amplifier in enumerate(amplifiers):
@@ -92,6 +136,46 @@ def detector_planes(
         flat=use.flat,
         defects=use.defects,
     )
+
+
+def subtract_fringe(
+    image: NDArray[np.float32], mask: NDArray[np.uint16], fringe: NDArray[np.float32]
+) -> float:
+    """Subtract the night sky's interference pattern in place; its strength follows from the image.
+
+    Parameters
+    ----------
+    image, mask
+        Flattened electrons with the sky, and flags.
+    fringe
+        Pattern relative to the sky's level (mean 0).
+
+    Returns
+    -------
+    Electrons by which the pattern was multiplied; 0 when the sky shows none of it.
+    """
+    ny, nx = image.shape
+    use = (mask & np.uint16(MaskPlane.unusable())) == 0
+    yy, xx = np.nonzero(use & np.isfinite(fringe))
+    step = max(yy.size // 100_000, 1)
+    yy, xx = yy[::step], xx[::step]
+    if yy.size < 1000:
+        return 0.0
+    u, v = xx / nx - 0.5, yy / ny - 0.5
+    basis = np.stack([fringe[yy, xx].astype(np.float64), np.ones_like(u), u, v, u * u, u * v, v * v], axis=1)
+    values = image[yy, xx].astype(np.float64)
+    good = np.ones(values.size, bool)
+    for _ in range(8):  # stars leave
+        terms, *_ = np.linalg.lstsq(basis[good], values[good], rcond=None)
+        residual = values - basis @ terms
+        sigma = 1.4826 * np.median(np.abs(residual[good] - np.median(residual[good])))
+        good = np.abs(residual) < 3 * sigma
+    error = sigma * np.sqrt(np.linalg.inv(basis[good].T @ basis[good])[0, 0])
+    strength = float(terms[0])
+    if not strength > 3 * error:
+        return 0.0
+    image -= np.float32(strength) * np.where(np.isfinite(fringe), fringe, 0).astype(np.float32)
+    return strength
 
 
 def describe(raw: RawDetector) -> dict[str, Any]:
@@ -127,8 +211,9 @@ def describe(raw: RawDetector) -> dict[str, Any]:
 def assemble_and_correct(raw: RawDetector, calibrations: Calibrations | None = None) -> Exposure:
     """Instrument signature removal.
 
-    Overscan, saturation flags, bias, linearity, crosstalk, gain, variance, dark, flat, defects; saturated stars'
-    neighbours are flagged too, and defects are filled from their neighbours (flag INTRP).
+    Overscan, saturation flags, crosstalk of other detectors, bias, linearity, crosstalk of its own amplifiers,
+    gain, variance, dark, flat, fringe, defects; saturated stars' neighbours are flagged too, and defects are filled
+    from their neighbours (flag INTRP).
 
     Parameters
     ----------
@@ -147,7 +232,8 @@ def assemble_and_correct(raw: RawDetector, calibrations: Calibrations | None = N
     UnprocessableDataError
         The calibrations have another shape, or more than 90 % of the pixels are unusable.
     """
-    image, variance, mask = detector_planes(raw, calibrations)
+    others, missing = coupled_detectors(raw)
+    image, variance, mask = detector_planes(raw, calibrations, others=others)
     kernel.grow(mask, np.uint16(MaskPlane.SAT), 1)
     unusable = float(np.mean((mask & MaskPlane.unusable()) > 0))
     if unusable > 0.9:
@@ -157,10 +243,13 @@ def assemble_and_correct(raw: RawDetector, calibrations: Calibrations | None = N
     kernel.fill_bad_pixels(image, variance, mask, int(MaskPlane.BAD | MaskPlane.NO_DATA))
     gains = [a.gain for a in raw.detector.amplifiers]
     metadata = describe(raw)
+    metadata["problems"] += missing
     metadata["gain"] = float(np.mean(gains))
     metrics = {
         "saturated_pixels": float(np.count_nonzero(mask & MaskPlane.SAT)),
         "bad_fraction": unusable,
         "sky_adu": float(np.median(image[::7, ::7])) / metadata["gain"],
     }
+    if calibrations is not None and calibrations.fringe is not None:
+        metrics["fringe_electrons"] = subtract_fringe(image, mask, calibrations.fringe)
     return Exposure(image, variance, mask, metadata=metadata, metrics=metrics)
