@@ -44,6 +44,7 @@ VERBS = {
     "benchmark": ("cumbre.cli.benchmark", "benchmark", "Measure the speed of this machine with our code."),
     "query": ("cumbre.cli.query", "query", "Ask the ledger or the tables."),
     "alerts": ("cumbre.cli.alerts", "alerts", "Read alerts of the archive."),
+    "orbits": ("cumbre.cli.orbits", "orbits", "Load orbits of known solar-system objects."),
     "release": ("cumbre.cli.release", "release", "Load, verify, open and close release catalogues."),
     "instrument": ("cumbre.cli.instrument", "instrument", "List, show and check instrument descriptions."),
     "certificates": (

@@ -54,6 +54,7 @@ def night(
       cumbre night --keep
     """
     from cumbre.site import night as nights
+    from cumbre.site.orbits import load_simulated
     from cumbre.site.preparation import prepare
     from cumbre.site.profiles import create_site
     from cumbre.site.report import write_report
@@ -79,6 +80,8 @@ def night(
         start_detached(site)
     try:
         nights.wait_ready(site)
+        if loaded := load_simulated(site):
+            screen.say(f"{loaded[0]} known asteroids")
         screen.say(f"services ready after {time.monotonic() - started:.0f} s; the night begins")
         earlier = len(nights.daq_images(site))
         nights.begin(site, visits)

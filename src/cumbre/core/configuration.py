@@ -296,6 +296,9 @@ class Simulator(_Model):
     transients_per_detector: Annotated[float, Field(ge=0, description="Mean number of new transients.")] = 4.0
     variables_fraction: Annotated[float, Field(ge=0, le=1, description="Part of stars that vary.")] = 0.01
     asteroids_per_deg2: Annotated[float, Field(ge=0, description="Sky density of asteroids.")] = 40.0
+    known_asteroids: Annotated[
+        float, Field(ge=0, le=1, description="Part of them whose orbits are in the site's catalogue.")
+    ] = 0.8
     template_epochs: Annotated[int, Field(ge=0, description="Earlier visits of each tile for templates.")] = 4
 
 

@@ -57,7 +57,9 @@ def paths(site: Site) -> dict[str, Path]:
 
 def prepare(site: Site, say: Say) -> None:
     """Make what a first night needs and is not there yet."""
+    from cumbre.simulator.orbit_file import write_orbit_file
     from cumbre.simulator.preparation import prepare_sky
+    from cumbre.site.orbits import SIMULATED
 
     instrument = load_instrument(site.config.instruments[0])
     new = not (paths(site)["sky"] / "sky.json").exists()
@@ -65,6 +67,11 @@ def prepare(site: Site, say: Say) -> None:
     if new:
         counts = ", ".join(f"{len(table['id'])} {name}" for name, table in sky.tables.items())
         say(f"simulated sky: {len(sky.tiles)} tiles, {counts}")
+    known = site.root / SIMULATED
+    if not known.exists():
+        simulator = site.config.simulator
+        assert simulator is not None
+        write_orbit_file(known, sky.tables["asteroids"], part=simulator.known_asteroids, seed=simulator.seed)
     survey = site.root / "survey.json"
     if not survey.exists():
         _write_json(survey, [asdict(tile) for tile in sky.tiles])

@@ -55,3 +55,19 @@ def night_table(
             old.unlink()
             old.with_suffix(".json").unlink(missing_ok=True)
     return NightTable.open(path, observer)
+
+
+def warm_up() -> None:
+    """Compile what the first image of a night would wait for."""
+    import numpy as np
+
+    from cumbre.payloads.solar_system.orbits import Orbits
+
+    one, zero = np.ones(1), np.zeros(1)
+    orbits = Orbits.of_columns(
+        {
+            "ssObjectId": np.ones(1, np.int64), "q": 2 * one, "e": zero, "i": zero, "node": zero, "argperi": zero,
+            "peri_time": 61000 * one, "epoch_mjd": 61000 * one, "h": zero, "g": zero,
+        }
+    )  # fmt: skip
+    NightTable.build(orbits, 20251201, Observer(np.zeros(3))).near(0.0, 0.0, 1.0, 61010.2)
