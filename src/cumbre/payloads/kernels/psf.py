@@ -205,7 +205,7 @@ def select_psf_stars(
         return np.zeros(0, np.int64)
     # the stellar locus is the smallest common size: the densest point among the smaller ones
     sizes = np.sort(size[good])
-    width = max(2, sizes.size // 3)
+    width = min(max(2, sizes.size // 3), sizes.size)
     spread = sizes[width - 1 :] - sizes[: sizes.size - width + 1]
     start = int(np.argmin(spread / np.maximum(sizes[: spread.size], 0.5)))
     locus = float(np.median(sizes[start : start + width]))
