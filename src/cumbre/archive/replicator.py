@@ -26,6 +26,7 @@ from cumbre.archive.pairs import PairLock, buffer_folders, link_name, raft_of, r
 from cumbre.archive.pool import FULL, TAPE
 from cumbre.archive.protocol import Parcel
 from cumbre.archive.sender import Sender
+from cumbre.archive.told import told_parcels
 from cumbre.capture.hops import (
     HOP_TOPIC,
     Piece,
@@ -269,20 +270,28 @@ class Relay:
 
     def _scan(self) -> None:
         """Catch up: files of the source that were neither sent nor buffered, whatever became of their events."""
+        waiting = []
         for key in raw_files(self._raw):
             text = str(key)
             if text in self.buffer or self._journal.has(text, SENT) or self._journal.has(text, LOST):
                 continue
             path = self._raw / text
-            if not is_settled(path) or not (self._is_mine(key) or self._is_orphan(key, path)):
-                continue  # its event, which knows more of it, is on the way; or it is another pair's
+            # A young one's event, which knows more of it, is on the way; others are another pair's.
+            if is_settled(path) and (self._is_mine(key) or self._is_orphan(key, path)):
+                waiting.append(key)
+        told = told_parcels(self._bus, self.watched_hop, self.source, self._raw, waiting)
+        for key in waiting:
+            path = self._raw / str(key)
             try:
                 group_id = group_of(path)
                 piece = Piece(str(key.obs_id), key.instrument, group_id)
                 if (key.instrument, key.part) in self._ids:
                     known = piece_of(key.instrument, key.obs_id, key.part, self._ids)
                     piece = replace(piece, detector=known.detector, detector_name=known.detector_name)
-                parcel = Parcel(text, path.stat().st_size, sha256_of(path), group_id)
+                found = sha256_of(path)
+                parcel = told.get(str(key)) or Parcel(str(key), path.stat().st_size, found, group_id)
+                if found != parcel.sha256:
+                    raise BadFileError(f"has {found}, came with {parcel.sha256}; left until it is mended")
                 added = self._add(parcel, piece)
             except (CumbreError, OSError) as error:
                 log.warning("%s: %s", path, error)

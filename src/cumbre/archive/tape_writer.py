@@ -18,6 +18,7 @@ from cumbre.archive.protocol import Parcel
 from cumbre.archive.tape import TapeArchive, TapeEntry, open_tape, tape_state
 from cumbre.archive.tape_index import Sky, sky_of
 from cumbre.archive.tape_rewrite import request_rewrite, serve_rewrites
+from cumbre.archive.told import told_parcels
 from cumbre.capture.hops import HOP_TOPIC, Piece, detector_ids, hop_fields, piece_of, publish_hops
 from cumbre.capture.keys import RawKey
 from cumbre.core.errors import (
@@ -30,7 +31,6 @@ from cumbre.core.errors import (
     UnprocessableDataError,
 )
 from cumbre.core.instrument import load_instrument
-from cumbre.core.time import day_obs_start_tai
 from cumbre.stores.files import normal_checksum, sha256_of
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ class TapeWriter:
             for key in raw_files(self._raw)
             if not self._is_known(str(key)) and (not self._scanned or is_settled(self._raw / str(key)))
         ]
-        told = self._as_told(unknown)
+        told = told_parcels(self._bus, f"at_{self._place}", self._place, self._raw, unknown)
         for key in unknown:
             path = self._raw / str(key)
             try:
@@ -199,27 +199,6 @@ class TapeWriter:
             except (CumbreError, OSError) as error:
                 log.warning("%s: %s", path, error)
         self._scanned = True
-
-    def _as_told(self, unknown: list[RawKey]) -> dict[str, Parcel]:
-        """Files as they were when they came, by the hops of then: one that has rotted since is no truth."""
-        days = [key.obs_id.day_obs for key in unknown if key.is_detector]
-        if not days:
-            return {}
-        wanted, found = {str(key) for key in unknown}, dict[str, Parcel]()
-        for message in self._bus.replay([HOP_TOPIC], since_tai=day_obs_start_tai(min(days))):
-            fields = message.fields
-            if (fields["hop"], fields["outcome"], fields["place"]) != (
-                f"at_{self._place}",
-                "ok",
-                self._place,
-            ):
-                continue
-            path = Path(fields["path"])
-            key = str(path.relative_to(self._raw)) if path.is_relative_to(self._raw) else ""
-            if key in wanted and fields["checksum"]:
-                checksum = normal_checksum(fields["checksum"])
-                found[key] = Parcel(key, fields["byteSize"], checksum, fields["groupId"])
-        return found
 
     def _is_known(self, key: str) -> bool:
         return key in self._on_way or self._journal.has(key, TAPED) or self._journal.has(key, UNUSABLE)
