@@ -242,6 +242,8 @@ class Said:
         said = self
 
         class Bus:
+            clock = Clock.real()
+
             @staticmethod
             def latest(*_: Any, **__: Any) -> None:
                 return None

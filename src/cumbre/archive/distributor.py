@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from cumbre.archive.addresses import parse_address, write_address
 from cumbre.archive.certificates import Security
 from cumbre.archive.guard import Refusal
-from cumbre.archive.journal import Journal, group_of, is_settled, raw_files
+from cumbre.archive.journal import Journal, RawRounds, group_of, is_settled
 from cumbre.archive.pairs import distributor_name
 from cumbre.archive.protocol import Parcel
 from cumbre.archive.receiver import Receiver
@@ -68,6 +68,7 @@ class Distributor:
         described = [load_instrument(name) for name in site.config.instruments]
         self._instruments = {instrument.name: instrument for instrument in described}
         self._journal = Journal(site.path(f"{place}/received"))
+        self._rounds = RawRounds(self._raw, lambda key: self._journal.has(key, ANNOUNCED))
         self._arrivals: queue.SimpleQueue[tuple[Parcel, Path] | None] = queue.SimpleQueue()
         self._scan_every_s, self._next_scan = scan_every_s, 0.0
         self._scanned = False
@@ -240,10 +241,8 @@ class Distributor:
 
     def _scan(self) -> None:
         """Find files in the raw cache whose hop is missing."""
-        for key in raw_files(self._raw):
+        for key in self._rounds.left():
             text = str(key)
-            if self._journal.has(text, ANNOUNCED):
-                continue
             path = self._raw / text
             if self._scanned and not is_settled(path):
                 continue  # arriving just now; its own arrival knows more of it

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cumbre.archive.journal import Journal, group_of, raw_files
+from cumbre.archive.journal import Journal, RawRounds, group_of
 from cumbre.archive.protocol import Parcel
 from cumbre.archive.tape import read_entry, view_tape
 from cumbre.archive.tape_index import TapeIndex
@@ -86,6 +86,9 @@ class Finder:
         self._raw = site.path(self._place.raw)
         self._ids = detector_ids(site.config)
         self._journal = Journal(site.path(f"{source}/caught-up-{target}"))
+        self._rounds = RawRounds(
+            self._raw, lambda key: key.endswith(".json") or self._journal.has(key, THERE)
+        )
         self._told: set[str] = set()
         self.lost: set[str] = set()
         """Keys of images that are owed and of which no good copy is left at the source."""
@@ -167,9 +170,8 @@ class Finder:
     def look_at_files(self) -> Iterator[Owed | InCamera]:
         """Files that the ledger does not know of, because their events were lost."""
         unknown: dict[str, list[RawKey]] = {}
-        for key in raw_files(self._raw):
-            if key.is_detector and not self._journal.has(str(key), THERE):
-                unknown.setdefault(str(key.obs_id), []).append(key)
+        for key in self._rounds.left():
+            unknown.setdefault(str(key.obs_id), []).append(key)
         held = self._ledger.held(self.target, list(unknown))
         told = self._told_of(list(unknown))
         busy = self._live_jobs()

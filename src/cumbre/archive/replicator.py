@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from cumbre.archive.addresses import link_of
 from cumbre.archive.buffer import Entry, open_buffer
 from cumbre.archive.guard import KEEP_ALIVE_S
-from cumbre.archive.journal import Journal, group_of, is_settled, raw_files
+from cumbre.archive.journal import Journal, RawRounds, group_of, is_settled
 from cumbre.archive.link_watch import LinkWatch, probe_folders
 from cumbre.archive.orders import JOB_TOPIC, Orders
 from cumbre.archive.pairs import PairLock, buffer_folders, link_name, raft_of, relay_name, share
@@ -66,6 +66,10 @@ PARK_S = 60.0
 ORPHAN_S = 60.0
 """Real seconds after which a pair takes over a file whose own pair does not run."""
 QUICK_TRIES = 3
+QUIET_AFTER_S, QUIET_LOOK_S = 3.0, 0.1
+"""Real seconds."""
+COMMIT_EVERY_S = 2.0
+"""Real seconds of events that come again after a crash, and are known then; each commit is a turn at the bus."""
 
 
 class Relay:
@@ -97,11 +101,16 @@ class Relay:
         self._raw = site.path(place.raw)
         self.buffer = open_buffer(site=site, bus=bus, clock=clock, place=self.source, pair=pair)
         self._journal = Journal(site.path(f"{self.source}/sent-{self.target}"))
+        self._rounds = RawRounds(
+            self._raw, lambda key: self._journal.has(key, SENT) or self._journal.has(key, LOST)
+        )
         self._ids = detector_ids(site.config)
         self._results: queue.SimpleQueue[tuple[Entry, CumbreError | None]] = queue.SimpleQueue()
         self._wake = threading.Condition()
         self._closed = False
         self._scan_every_s, self._next_scan = scan_every_s, 0.0
+        self._uncommitted, self._next_commit = False, 0.0
+        self._heard_s = time.monotonic()
         self._progress: dict[str, int] = {}
         self._running = PairLock(site, self.name)
         self.orders: Orders | None = None
@@ -128,7 +137,7 @@ class Relay:
     def step(self, timeout_s: float) -> int:
         """Buffer what was written, report what was delivered; gives the number of files of both."""
         done = self._settle()
-        messages = self._subscription.poll(0.0 if done else timeout_s)
+        messages = self._poll(0.0 if done else timeout_s)
         hops: list[dict[str, object]] = []
         for message in messages:
             if message.topic == JOB_TOPIC:
@@ -137,9 +146,13 @@ class Relay:
                 hops += self._take_in(message.fields)
         publish_hops(self._bus, hops)
         if messages:
-            self._subscription.commit()
+            self._uncommitted = True
             self._wake_up()
-        if time.monotonic() >= self._next_scan:
+        if self._uncommitted and time.monotonic() >= self._next_commit:
+            self._commit()
+        if (
+            time.monotonic() >= self._next_scan and not messages
+        ):  # else more events may come that tell of files
             if self.orders is None:
                 self._scan()
             else:
@@ -147,15 +160,38 @@ class Relay:
             self._next_scan = time.monotonic() + self._scan_every_s
         return done + len(hops) + self._settle()
 
+    def _poll(self, timeout_s: float) -> list[Message]:
+        """Next messages; between two images looked for less often, because many pairs look at one bus."""
+        now = time.monotonic()
+        end = now + timeout_s
+        while now < end and now - self._heard_s > QUIET_AFTER_S and self._results.empty():
+            if messages := self._subscription.poll(0.0):
+                self._heard_s = now
+                return messages
+            with self._wake:
+                self._wake.wait(min(QUIET_LOOK_S, end - now))
+            now = time.monotonic()
+        messages = self._subscription.poll(max(end - now, 0.0))
+        if messages:
+            self._heard_s = time.monotonic()
+        return messages
+
     def close(self) -> None:
         """Stop sending; what is not delivered stays in the buffer."""
         self._closed = True
         self._wake_up()
+        if self._uncommitted:
+            self._commit()
         self.watch.close()
         for thread in self._threads:
             thread.join(timeout=1.0)
         self._subscription.close()
         self._running.close()
+
+    def _commit(self) -> None:
+        self._subscription.commit()
+        self._uncommitted = False
+        self._next_commit = time.monotonic() + COMMIT_EVERY_S
 
     def _wake_up(self) -> None:
         with self._wake:
@@ -212,9 +248,9 @@ class Relay:
             ) from error
         piece = Piece.from_hop(fields)
         job = self.orders.written(fields) if self.orders is not None else None
-        if self.orders is None or job is not None:
+        if job is not None or (self.orders is None and share(key.obs_id, "", self._link.pairs) == self._pair):
             for sidecar in sorted(path.parent.glob("*.json")):
-                self._buffer_sidecar(sidecar, piece, mine=job is not None)
+                self._buffer_sidecar(sidecar, piece)
         if job is None and (self.orders is not None or not self._is_mine(key)):
             return []
         mode = job.mode[:MAX_MODE_CHARS] if job is not None else ""
@@ -242,12 +278,12 @@ class Relay:
             checksum=parcel.sha256,
         )
 
-    def _buffer_sidecar(self, path: Path, piece: Piece, *, mine: bool) -> None:
+    def _buffer_sidecar(self, path: Path, piece: Piece) -> None:
         try:
             key = RawKey.parse(str(path.relative_to(self._raw)))
         except CumbreError:
             return
-        if not (mine or self._is_mine(key)) or str(key) in self.buffer or self._journal.has(str(key), SENT):
+        if str(key) in self.buffer or self._journal.has(str(key), SENT):
             return
         parcel = Parcel(str(key), path.stat().st_size, sha256_of(path), piece.group_id)
         self._add(parcel, Piece(piece.obs_id, piece.instrument, piece.group_id))
@@ -271,13 +307,11 @@ class Relay:
     def _scan(self) -> None:
         """Catch up: files of the source that were neither sent nor buffered, whatever became of their events."""
         waiting = []
-        for key in raw_files(self._raw):
-            text = str(key)
-            if text in self.buffer or self._journal.has(text, SENT) or self._journal.has(text, LOST):
-                continue
-            path = self._raw / text
+        for key in self._rounds.left():
+            path = self._raw / str(key)
             # A young one's event, which knows more of it, is on the way; others are another pair's.
-            if is_settled(path) and (self._is_mine(key) or self._is_orphan(key, path)):
+            is_ours = is_settled(path) and (self._is_mine(key) or self._is_orphan(key, path))
+            if is_ours and str(key) not in self.buffer:
                 waiting.append(key)
         told = told_parcels(self._bus, self.watched_hop, self.source, self._raw, waiting)
         for key in waiting:
@@ -402,7 +436,7 @@ class Relay:
         if entry.attempts & (entry.attempts - 1) == 0:
             entry.failures_told += 1
             outcome = error.outcome if isinstance(error, CumbreError) else "Transient"
-            self._transmission(entry, outcome, str(error))
+            publish_hops(self._bus, self._transmission(entry, outcome, str(error)))
 
     def _park(self, entry: Entry) -> None:
         """Leave a file to others for a while; should they send it, it is only removed here."""
@@ -412,45 +446,51 @@ class Relay:
         self.watch.ended(entry.parcel.key)
         self.buffer.give_back(entry)
 
-    def _transmission(self, entry: Entry, outcome: str, message: str = "") -> None:
-        """Record a transmission that failed, or that succeeded after failures; ``sent`` where it is a hop."""
+    def _transmission(self, entry: Entry, outcome: str, message: str = "") -> list[dict[str, Any]]:
+        """Hops of a transmission that failed, or succeeded after failures; ``sent`` where it is a hop."""
         if not entry.key.is_detector:
-            return
-        details = {"outcome": outcome, "message": message, "attempt": max(entry.attempts, 1)}
-        if outcome != "ok" or entry.failures_told:
-            publish_hop(self._bus, self._clock, entry.piece, TRANSMITTED, place=self.source, **details)
+            return []
+        told = [TRANSMITTED] if outcome != "ok" or entry.failures_told else []
         if outcome == "ok" and self.tells_sent:
-            publish_hop(self._bus, self._clock, entry.piece, "sent", place=self.source, **details)
+            told.append(SENT)
+        return [
+            hop_fields(
+                self._clock, entry.piece, hop, place=self.source, outcome=outcome, message=message,
+                attempt=max(entry.attempts, 1),
+            )
+            for hop in told
+        ]  # fmt: skip
 
     # out of the buffer
 
     def _settle(self) -> int:
-        """Report delivered files and let go of them."""
-        count = 0
-        while True:
-            try:
-                entry, error = self._results.get_nowait()
-            except queue.Empty:
-                return count
-            count += 1
+        """Report what was delivered, all together, and let go of it."""
+        results: list[tuple[Entry, CumbreError | None]] = []
+        while not self._results.empty():
+            results.append(self._results.get_nowait())
+        fresh = [
+            entry for entry, error in results
+            if error is None and not self._journal.has(entry.parcel.key, SENT)
+        ]  # fmt: skip
+        publish_hops(self._bus, [hop for entry in fresh for hop in self._transmission(entry, "ok")])
+        for entry in fresh:
+            self._journal.note(entry.parcel.key, SENT)
+        for entry, error in results:
             self._progress.pop(entry.parcel.key, None)
             self.watch.ended(entry.parcel.key)
-            if error is None:
-                if not self._journal.has(entry.parcel.key, SENT):
-                    self._transmission(entry, "ok")
-                    self._journal.note(entry.parcel.key, SENT)
-                if self.orders is not None:
-                    self.orders.sent(entry.piece, entry.parcel.size)
-            else:
+            if error is not None:
                 self._give_up(entry, error)
-                if self.orders is not None:
-                    self.orders.gave_up(entry.piece, error)
+            if self.orders is not None and error is not None:
+                self.orders.gave_up(entry.piece, error)
+            elif self.orders is not None:
+                self.orders.sent(entry.piece, entry.parcel.size)
             self.buffer.remove(entry)
+        return len(results)
 
     def _give_up(self, entry: Entry, error: CumbreError) -> None:
         """Take a file out of the way that can never be delivered."""
         log.error("%s → %s: %s", self.source, self.target, error)
-        self._transmission(entry, error.outcome, str(error))
+        publish_hops(self._bus, self._transmission(entry, error.outcome, str(error)))
         self._journal.note(entry.parcel.key, LOST)
         try:
             kept = quarantine(
