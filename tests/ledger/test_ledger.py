@@ -206,6 +206,22 @@ def test_copies_with_other_checksums_are_no_copies(bus: Bus, service: LedgerServ
     assert ledger.may_delete(OBS, 0, ["base", "archive"])
 
 
+def test_a_copy_with_other_bytes_is_still_owed(bus: Bus, service: LedgerService, ledger: Ledger) -> None:
+    def owed() -> list[str]:
+        service.step(0)
+        return [row["detector_name"] for row in ledger.owed("base", "archive", before_tai=2000.0)]
+
+    take_image(bus, ["R00_S00"])
+    hop(bus, "written", 1040.0, place="summit")
+    hop(bus, "at_base", 1041.0)
+    assert owed() == ["R00_S00"]
+    hop(bus, "archive_tape", 1042.0, place="archive", checksum=B)  # the file had rotted before it was sent
+    hop(bus, "at_archive", 1043.0, place="archive", checksum=B)
+    assert owed() == ["R00_S00"]
+    hop(bus, "at_archive", 1044.0, place="archive")
+    assert owed() == []
+
+
 def test_why_speaks_to_people(bus: Bus, service: LedgerService, ledger: Ledger) -> None:
     take_image(bus, ["R00_S00", "R00_S01"])
     hop(bus, "written", 1040.0, place="summit")

@@ -86,6 +86,8 @@ class Ledger:
     ) -> list[dict[str, Any]]:
         """Detector images that came to ``source`` in a range of time and have no verified copy at ``target``.
 
+        A copy with another checksum than the source's is none.
+
         Parameters
         ----------
         after
@@ -117,7 +119,8 @@ class Ledger:
                   > (%(day)s, %(seq)s, %(obs)s, %(detector)s)
               AND NOT EXISTS (
                 SELECT FROM ledger.hop c WHERE c.obs_id = h.obs_id AND c.detector = h.detector
-                  AND c.outcome = 'ok' AND c.place = %(target)s AND c.hop = ANY(%(copies)s))
+                  AND c.outcome = 'ok' AND c.place = %(target)s AND c.hop = ANY(%(copies)s)
+                  AND (h.hop = 'read_out' OR '' IN (c.checksum, h.checksum) OR lower(c.checksum) = lower(h.checksum)))
             GROUP BY h.obs_id, h.detector, i.instrument, i.group_id, i.image_type, i.day_obs, i.seq_num
             ORDER BY coalesce(i.day_obs, 0), coalesce(i.seq_num, 0), h.obs_id, h.detector LIMIT %(limit)s
             """,
