@@ -52,6 +52,22 @@ PLAN_STEPS = (
     CREATE INDEX plan_region ON access.plan USING gist (adql.region_key(region));
     """,
     """
+    CREATE TABLE access.calibration (
+        instrument text NOT NULL,
+        detector int NOT NULL,
+        band text NOT NULL,
+        kind text NOT NULL,
+        detector_name text NOT NULL,
+        file text NOT NULL,
+        byte_size bigint NOT NULL,
+        sha256 text NOT NULL,
+        valid_begin_tai float8 NOT NULL,
+        valid_end_tai float8 NOT NULL DEFAULT 'infinity',
+        recorded_tai float8 NOT NULL,
+        PRIMARY KEY (instrument, detector, band, kind, valid_begin_tai)
+    );
+    """,
+    """
     ALTER TABLE access.plan DROP CONSTRAINT plan_pkey;
     ALTER TABLE access.plan ALTER COLUMN group_id DROP NOT NULL, ADD COLUMN plan_id text;
     UPDATE access.plan SET plan_id = group_id;
@@ -67,6 +83,7 @@ _VOTABLE = {
 _SCHEMAS = (
     Schema("level1", "Prompt products: sources of difference images and the objects they belong to."),
     Schema("ivoa", "Images and the plan of observations as the Virtual Observatory describes them."),
+    Schema("calibration", "Calibrations that images are processed with."),
     Schema("ledger", "Where every image is on its way from the shutter to the archive."),
 )
 _KEYS = (
@@ -219,6 +236,14 @@ def _views() -> tuple[_View, ...]:
             Table("ledger", "hop", columns["ledger_hop"], "One row for each step of each detector's image."),
             f"SELECT {_names(columns['ledger_hop'], 'h.')} FROM ledger.hop h JOIN ledger.image i USING (obs_id)",  # noqa: S608
             "coalesce(i.begin_tai, '-infinity')",
+        ),
+        _View(
+            Table("calibration", "record", columns["calibration_record"],
+                  "One row for each calibration of a detector and the time in which it held."),
+            f"SELECT {_names(columns['calibration_record'][:-2])},"  # noqa: S608
+            " CASE WHEN valid_begin_tai > '-infinity' THEN valid_begin_tai END AS valid_begin_tai,"
+            " CASE WHEN valid_end_tai < 'infinity' THEN valid_end_tai END AS valid_end_tai FROM access.calibration",
+            "",
         ),
     )  # fmt: skip
     return (*_level1_views(), *standard)

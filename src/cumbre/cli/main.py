@@ -26,6 +26,7 @@ VERBS = {
     ),
     "ingest": ("cumbre.cli.ingest", "ingest", "Take files of a real camera into the flow."),
     "process": ("cumbre.cli.process", "process", "Science and reference images to alerts, without a site."),
+    "pipeline": ("cumbre.cli.pipeline", "pipeline", "Make a repository ready for pipetask."),
     "calibrate": (
         "cumbre.cli.calibrate",
         "calibrate",
@@ -45,7 +46,9 @@ VERBS = {
     "query": ("cumbre.cli.query", "query", "Ask the ledger or the tables."),
     "alerts": ("cumbre.cli.alerts", "alerts", "Read alerts of the archive."),
     "orbits": ("cumbre.cli.orbits", "orbits", "Load orbits of known solar-system objects."),
+    "precover": ("cumbre.cli.precover", "precover", "Measure new objects on the images before."),
     "release": ("cumbre.cli.release", "release", "Load, verify, open and close release catalogues."),
+    "snapshot": ("cumbre.cli.snapshot", "snapshot", "Make a day's snapshot of Level 1."),
     "instrument": ("cumbre.cli.instrument", "instrument", "List, show and check instrument descriptions."),
     "certificates": (
         "cumbre.cli.certificates",
@@ -53,6 +56,8 @@ VERBS = {
         "Show and renew the certificates of the links.",
     ),
     "token": ("cumbre.cli.token", "token", "Make API tokens and put users into groups."),
+    "user": ("cumbre.cli.user", "user", "People with passwords at the built-in provider."),
+    "login": ("cumbre.cli.user", "login", "Get a token by logging in with a browser."),
     "command": ("cumbre.cli.command", "command", "Command an entity of the control system."),
     "doctor": ("cumbre.cli.doctor", "doctor", "Check this machine and a site, and say what to do."),
 }

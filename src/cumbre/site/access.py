@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import logging
+import os
+import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from cumbre.access.calibrations import FOLDER as CALIBRATIONS
+from cumbre.access.calibrations import CalibrationKeeper
 from cumbre.access.engines import Engines
+from cumbre.access.http.login import Login, PageGuard
 from cumbre.access.http.service import AccessService, Settings
+from cumbre.access.identity_local import CLIENT, KEY_FILE, USERS_FILE, LocalProvider, Users
+from cumbre.access.identity_oidc import OidcProvider
 from cumbre.access.images.catalogue import ImageCatalogue
 from cumbre.access.limits import Limits
 from cumbre.access.plan import PlanKeeper
 from cumbre.access.published import prepare, set_setting, site_tables
 from cumbre.access.releases.registry import Releases
+from cumbre.access.snapshots import FOLDER as SNAPSHOTS
+from cumbre.access.snapshots import Snapshots
 from cumbre.access.tables import Tables
 from cumbre.access.tap_schema import with_tap_schema
+from cumbre.access.tokens_login import Logins
 from cumbre.access.user_tables import UserTables
 from cumbre.core.configuration import Site
 from cumbre.core.errors import CumbreError
@@ -29,6 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 UPKEEP_S = 20.0
+PROVIDER_PATH = "/idp"
 SERVICES = ("tap", "sia", "soda", "datalink", "cone")
 """Paths below the web service's address."""
 
@@ -64,17 +76,55 @@ class SiteAccess:
         )  # fmt: skip
         if config.profile == "one-machine":
             self.service.identity.local_administrator(site.root)
+        self.login = self._login()
         self._plan = None if bus is None else PlanKeeper(bus, db, self.catalogue.instruments)
+        self._calibrations = CalibrationKeeper(db, site.path(CALIBRATIONS), self.catalogue.instruments, clock)
+        self._snapshots = Snapshots(db, site.path(SNAPSHOTS), clock)
+        self._making: threading.Thread | None = None
         self._upkeep_s = -UPKEEP_S
         self.service.start()
 
+    def _login(self) -> Login:
+        """Logins with the provider of the configuration, read when somebody logs in; the built-in one without."""
+        config, root = self._site.config.access, self._site.root
+        self._local = LocalProvider(Users(root / USERS_FILE), root / KEY_FILE)
+        identity, known = self.service.identity, {}
+
+        def provider() -> OidcProvider:
+            issuer = config.issuer or self._local.issuer
+            if issuer not in known:
+                secret = config.client_secret_file
+                known[issuer] = OidcProvider(
+                    issuer, config.client_id if config.issuer else CLIENT, groups_claim=config.groups_claim,
+                    client_secret=self._site.path(secret).read_text().strip() if secret and config.issuer else "",
+                )  # fmt: skip
+            return known[issuer]
+
+        return Login(
+            identity, Logins(identity, self._db), provider, self.service.requests, config.groups,
+            is_local=config.issuer is None,
+        )  # fmt: skip
+
     def routes(self) -> list[Any]:
         """Routes to mount at the root."""
-        return list(self.service.routes())
+        own = [] if self._site.config.access.issuer else self._local.routes(PROVIDER_PATH)
+        return [*self.service.routes(), *self.login.routes(), *own]
+
+    def guard(self, application: Any, paths: Sequence[str]) -> Any:
+        """Keep pages for those who may see images under embargo, unless they are open."""
+        config = self._site.config
+        is_open = config.access.pages == "open" or (
+            config.access.pages == "auto" and config.web.host in ("127.0.0.1", "localhost", "::1")
+        )
+        if is_open:
+            return application
+        begins = {"/" + path.strip("/").partition("/")[0] for path in paths} - {"/"}
+        return PageGuard(application, self.login, begins | {"/static"})
 
     def serve_at(self, url: str) -> None:
         """Tell where the service can be reached, for links in tables."""
         set_setting(self._db, "base_url", url.rstrip("/"))
+        self._local.issuer = f"{url.rstrip('/')}{PROVIDER_PATH}"
 
     def step(self) -> int:
         """Take over new images and visits, release what is due; returns how many were taken over."""
@@ -87,23 +137,46 @@ class SiteAccess:
             if time.monotonic() - self._upkeep_s > UPKEEP_S:
                 self._upkeep_s = time.monotonic()
                 self.service.step()
+                self.login.logins.forget_old()
                 index = self._site.root / "archive" / "templates" / "index.json"
                 name = next(iter(self.catalogue.instruments))
                 count += self.catalogue.take_templates(index, name)
+                count += self._calibrations.step()
+                self._snapshot()
         except CumbreError as error:
             log.warning("data access: %s", error)
         return count
 
+    def _snapshot(self) -> None:
+        """Begin the day's snapshot when the night is over, beside everything else."""
+        if (self._making is not None and self._making.is_alive()) or not self._snapshots.due():
+            return
+
+        def make() -> None:
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+            try:
+                snapshot = self._snapshots.make()
+            except Exception:
+                log.exception("today's snapshot of Level 1")
+            else:
+                log.info("%s: %d rows", snapshot.schema, sum(table.rows for table in snapshot.tables))
+
+        self._making = threading.Thread(target=make, name="snapshot", daemon=True)
+        self._making.start()
+
     def close(self) -> None:
         """Stop running jobs."""
         self.service.close()
+        if self._making is not None:
+            self._making.join(5)
 
 
 def tables_of(site: Site, db: Database, clock: Clock, own: UserTables | None = None) -> Tables:
     """Every table of a site: live ones, releases, users' own, and ``tap_schema`` that describes them."""
     tables = site_tables()
     releases = Releases(db, site.path("archive/releases"), clock)
-    tables.providers += [releases.tables, (own or UserTables(db)).tables]
+    snapshots = Snapshots(db, site.path(SNAPSHOTS), clock)
+    tables.providers += [releases.tables, snapshots.tables, (own or UserTables(db)).tables]
     return with_tap_schema(tables)
 
 

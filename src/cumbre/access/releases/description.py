@@ -19,7 +19,17 @@ DESCRIPTION_FILE = "release.yaml"
 PIXEL = "hpx29"
 """Column that the loader adds to tables with a position, and sorts them by."""
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,30}")
-_RESERVED = {"tap_schema", "tap_upload", "ivoa", "level1", "ledger", "public", "information_schema"}
+_RESERVED = {
+    "tap_schema",
+    "tap_upload",
+    "ivoa",
+    "level1",
+    "ledger",
+    "public",
+    "information_schema",
+    "snapshot",
+    "calibration",
+}
 _VOTABLE = {
     "boolean": "boolean", "byte": "unsignedByte", "short": "short", "int": "int", "long": "long",
     "float": "float", "double": "double", "string": "char", "char": "char",
@@ -168,7 +178,7 @@ def check_name(name: str) -> str:
     UserError
         It cannot be used.
     """
-    if _NAME.fullmatch(name) is None or name in _RESERVED or name.startswith("pg_"):
+    if _NAME.fullmatch(name) is None or name in _RESERVED or name.startswith(("pg_", "snapshot_")):
         raise UserError(
             f"release name {name[:40]!r}: expected small letters, digits and underscores, a letter first, at most 31, and "
             "not a schema that exists already; for example dr1"
