@@ -217,6 +217,41 @@ class Level1:
                 columns = ["alert_id", "visit", "detector", "packet"]
                 self._db.copy("level1.alert_outbox", columns, rows, connection=link)
 
+    def add_forced(self, rows: Rows) -> int:
+        """Add forced photometry of images stored earlier; rows that are there already stay. Returns how many came."""
+        table = self._tables["DiaForcedSource"]
+        new = conform(table, rows, timeProcessedMjdTai=mjd_from_seconds(self._clock.now_tai_s()))
+        self._partitions.ensure(table, new.column(table.partition).unique().to_pylist())
+        names = ", ".join(f'"{column.sql_name}"' for column in table.columns)
+        with self._db.connection() as link:
+            link.execute(
+                "CREATE TEMPORARY TABLE new_forced (LIKE level1.diaforcedsource INCLUDING DEFAULTS) ON COMMIT DROP"
+            )
+            self._copy(link, "new_forced", new)
+            return link.execute(
+                f"INSERT INTO level1.diaforcedsource ({names}) SELECT {names} FROM new_forced"  # noqa: S608
+                " ON CONFLICT DO NOTHING".encode()
+            ).rowcount
+
+    def precovery_queue(self, limit: int) -> list[dict[str, Any]]:
+        """Objects whose past was not looked for yet, the oldest first."""
+        return self._db.query(
+            'SELECT dia_object_id AS "diaObjectId", ra, "dec", visit, detector, first_mjd_tai, attempts'
+            " FROM level1.precovery WHERE done_tai IS NULL ORDER BY attempts, queued_tai, dia_object_id LIMIT %s",
+            (limit,),
+        )
+
+    def precovered(self, found: Mapping[int, tuple[int, int, str]], *, is_done: bool) -> None:
+        """Record what came of objects: id → (images, rows of forced photometry, message); not done is tried again."""
+        done = self._clock.now_tai_s() if is_done else None
+        with self._db.connection() as link:
+            for identifier, (n_images, n_forced, message) in sorted(found.items()):
+                link.execute(
+                    "UPDATE level1.precovery SET done_tai = %s, n_images = %s, n_forced = %s, message = %s,"
+                    " attempts = attempts + 1 WHERE dia_object_id = %s",
+                    (done, n_images, n_forced, message[:1000], identifier),
+                )
+
     def is_stored(self, visit: int, detector: int) -> bool:
         """Whether this visit and detector was stored."""
         return bool(

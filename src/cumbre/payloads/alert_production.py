@@ -376,8 +376,30 @@ def _associate(
     return touched, new
 
 
+def force_at(
+    made: DetectorResult, objects: Sequence[Mapping[str, Any]], *, processed_mjd_tai: float, first: int = 1
+) -> list[dict[str, Any]]:
+    """Forced photometry on an image that was processed before, at the places of objects found later.
+
+    Parameters
+    ----------
+    made
+        Of the image, processed again as then.
+    objects
+        With ``diaObjectId``, ``ra``, ``dec``; those off the image get no row.
+    first
+        Number of the first row in the detector image: its earlier rows keep theirs.
+
+    Returns
+    -------
+    Rows of DiaForcedSource.
+    """
+    context = _context(made.exposure, processed_mjd_tai, made.result.reliability_version)
+    return _force(made.result, context, objects, first=first)
+
+
 def _force(
-    result: DifferenceResult, context: SourceContext, objects: Sequence[Mapping[str, Any]]
+    result: DifferenceResult, context: SourceContext, objects: Sequence[Mapping[str, Any]], *, first: int = 1
 ) -> list[dict[str, Any]]:
     """Fluxes at the places of all objects on the image, detected or not."""
     exposure = result.exposure
@@ -393,7 +415,7 @@ def _force(
     inside = np.flatnonzero(np.isfinite(x) & (x > -0.5) & (y > -0.5) & (x < nx - 0.5) & (y < ny - 0.5))
     pixel = np.rint(y[inside]).astype(int).clip(0, ny - 1), np.rint(x[inside]).astype(int).clip(0, nx - 1)
     inside = inside[(exposure.mask[pixel] & np.uint16(MaskPlane.INJECTED)) == 0]
-    inside = inside[: (1 << COUNTER_BITS) - 1]
+    inside = inside[: max((1 << COUNTER_BITS) - first, 0)]
     made = result.difference
     scale = result.metrics["snr_scale"]
     on_difference = forced_psf_photometry(
@@ -422,7 +444,7 @@ def _force(
         )
         rows.append(
             {
-                "diaForcedSourceId": source_id(context.visit, context.detector, k + 1),
+                "diaForcedSourceId": source_id(context.visit, context.detector, first + k),
                 "diaObjectId": int(objects[which]["diaObjectId"]),
                 "ra": float(ra[which]),
                 "dec": float(dec[which]),
