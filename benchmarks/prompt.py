@@ -18,7 +18,8 @@ from cumbre.bus import open_bus
 from cumbre.core.configuration import SITE_FILE, Site
 from cumbre.core.ids import ObsId
 from cumbre.core.time import Clock, isot
-from cumbre.orchestration.prompt import PRELOAD, PROCESS, PromptService
+from cumbre.orchestration.prompt import PromptService
+from cumbre.orchestration.prompt_jobs import PRELOAD, PROCESS
 from cumbre.stores.postgres import Database, EmbeddedPostgres
 
 
@@ -37,8 +38,8 @@ def small_site(root: Path) -> Site:
 
 def ready_s(service: PromptService, tile: dict[str, Any], group: str) -> float:
     """Seconds from publishing a nextVisit until every detector of it is prepared."""
-    clock, instrument = service.clock, next(iter(service._instruments))
-    wanted = len([d for d in service._instruments[instrument][1].detectors if d.purpose == "SCIENCE"])
+    clock, instrument = service.clock, next(iter(service.jobs.instruments))
+    wanted = len([d for d in service.jobs.instruments[instrument][1].detectors if d.purpose == "SCIENCE"])
     begun = time.monotonic()
     service.bus.publish(
         "ScriptQueue.nextVisit",
@@ -63,7 +64,7 @@ def result_s(service: PromptService) -> tuple[float, list[float], list[str]]:
 
     The image is the last template visit of the preparation: its own difference, but the same work.
     """
-    name, (_, instrument) = next(iter(service._instruments.items()))
+    name, (_, instrument) = next(iter(service.jobs.instruments.items()))
     folders = sorted(p.parent for p in (service.site.root / "earlier").rglob("*_R00_S00.fits"))
     folder = folders[0]  # the earliest night: a template visit, not an afternoon's calibration
     for candidate in folders:

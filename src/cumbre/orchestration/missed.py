@@ -44,6 +44,11 @@ def summary(db: Database) -> dict[str, dict[str, int]]:
     return out
 
 
+def waiting(db: Database) -> int:
+    """Detector images that were left for later and have not reached their end."""
+    return sum(states.get(word, 0) for states in summary(db).values() for word in ("queued", "running"))
+
+
 def process_missed(
     *, bus: Bus, clock: Clock, db: Database, engine: ComputeEngine, owner: str, again: bool = False
 ) -> Iterator[FinishedJob]:

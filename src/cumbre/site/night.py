@@ -272,6 +272,8 @@ def daq_images(site: Site) -> list[str]:
 
 def observe_state(db: Database, site: Site, state: NightState) -> None:
     """Fill the counts from the ledger and the camera's store."""
+    from cumbre.orchestration.missed import waiting
+
     state.taken = len(daq_images(site))
     rows = db.query(
         "SELECT hop, count(DISTINCT (obs_id, detector)) AS n FROM ledger.hop"
@@ -283,6 +285,8 @@ def observe_state(db: Database, site: Site, state: NightState) -> None:
         (),
     )
     state.hops["processed"] = int(done[0]["n"])
+    if site.config.prompt.missed.when == "idle":  # what was left for later is done before the night is over
+        state.hops["processed"] -= waiting(db)
     alerts = db.query("SELECT count(*) AS n FROM level1.alert_outbox WHERE sent_tai IS NOT NULL", ())
     state.alerts = int(alerts[0]["n"])
     lag = db.query(
