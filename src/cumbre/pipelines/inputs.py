@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 REFERENCE = "reference_stars"
 HTM_LEVEL = 7
+TILE_LEVEL = 13
+"""Triangles of less than an arcminute: no two tiles have their centres in one."""
 
 
 def defaults(instrument: str) -> str:
@@ -131,24 +133,28 @@ def register_templates(
     Parameters
     ----------
     rows
-        ``tile`` (any text), ``detector`` (its name), ``band``, ``path`` of each, as in a site's template index.
+        ``ra``, ``dec`` of the tile's centre (degrees), ``detector`` (its name), ``band``, ``path`` of each, as in a
+        site's template index. A tile is numbered by its centre, so it keeps its number when others come.
     """
+    from lsst.sphgeom import HtmPixelization, LonLat, UnitVector3d
+
     from cumbre.payloads.exposure_file import load_exposure
 
-    listed = list(rows)
-    tiles = {name: number for number, name in enumerate(sorted({str(row["tile"]) for row in listed}))}
-    for row in listed:
+    done = 0
+    for row in rows:
         template = load_exposure(Path(row["path"]))
         if template.wcs is None:
             raise UserError(f"template {row['path']}: it has no WCS, so its place on the sky is not known")
         ny, nx = template.shape
         corners = template.wcs.pix2sky(np.array([0, nx - 1, nx - 1, 0.0]), np.array([0, 0, ny - 1, ny - 1.0]))
+        centre = UnitVector3d(LonLat.fromDegrees(float(row["ra"]), float(row["dec"])))
         put_template(
-            repository, Path(row["path"]), instrument=instrument.name, tile=tiles[str(row["tile"])],
+            repository, Path(row["path"]), instrument=instrument.name, tile=HtmPixelization(TILE_LEVEL).index(centre),
             detector=instrument.detector(str(row["detector"])).id, band=str(row["band"]), corners_deg=corners,
             version=version, transfer=transfer,
         )  # fmt: skip
-    return len(listed)
+        done += 1
+    return done
 
 
 def chain_inputs(repository: Repository, instrument: Instrument) -> str:

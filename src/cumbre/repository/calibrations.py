@@ -164,7 +164,7 @@ def put_template(
     key = {"skymap": skymap, "tract": tile}
     with butler.transaction():
         digest = sha1(skymap.encode(), usedforsecurity=False).digest()
-        size = {"tract_max": 1 << 20, "patch_nx_max": 256, "patch_ny_max": 1}
+        size = {"tract_max": 1 << 30, "patch_nx_max": 256, "patch_ny_max": 1}
         butler.registry.syncDimensionData("skymap", {"name": skymap, "hash": digest} | size)
         butler.registry.insertDimensionData(
             "tract", {"skymap": skymap, "id": tile, "region": region}, skip_existing=True
