@@ -102,6 +102,19 @@ def test_after_a_slow_job_it_comes_back_only_while_the_distributor_is_heard() ->
     assert machine.pool == FULL
 
 
+def test_an_interval_that_is_over_in_silence_is_followed_by_another() -> None:
+    """Whoever was slow and then lost waits again when it is heard, so that not all come back at once."""
+    still_away = 0
+    for seed in range(20):
+        machine = Pool(random.Random(seed), pause_s=PAUSE)
+        play(machine, [Checked(0.0), Started(0.0, "R22", 1.0), Tick(2.0)])
+        for now in range(3, 200):
+            machine.handle(Tick(float(now)))
+        machine.handle(Beat(200.0))
+        still_away += machine.pool == LOCAL
+    assert still_away >= 15
+
+
 def test_a_job_done_in_time_or_given_away_changes_nothing() -> None:
     machine = pool()
     play(
