@@ -334,6 +334,24 @@ class Access(_Model):
         int, Field(gt=0, description="Requests a minute of one address without a token.")
     ] = 3000
     user_per_minute: Annotated[int, Field(gt=0, description="Requests a minute of one user.")] = 12000
+    issuer: Annotated[
+        str | None, Field(description="OpenID provider for logins; null for the built-in one of one machine.")
+    ] = None
+    client_id: Annotated[str, Field(description="Name of this site at the provider.")] = "cumbre"
+    client_secret_file: Annotated[
+        str | None, Field(description="File with the secret for the provider; null for a public client.")
+    ] = None
+    groups_claim: Annotated[str, Field(description="Claim of identity tokens that holds groups.")] = "groups"
+    groups: Annotated[
+        dict[str, str],
+        Field(description="Provider's group: ours. `administrators` is given by an entry here only."),
+    ] = {}
+    pages: Annotated[
+        Literal["auto", "open", "login"],
+        Field(
+            description="Pages for everybody, or for those who may see embargoed images; auto: open on loopback."
+        ),
+    ] = "auto"
     proprietary_hours: Annotated[
         float, Field(ge=0, description="Hours for members only; the embargo when that is longer.")
     ] = 0.0

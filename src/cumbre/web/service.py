@@ -165,7 +165,7 @@ class Mounted(Protocol):
     """A neighbour that is served on the same address."""
 
     def routes(self) -> list[Any]:
-        """Its routes, absolute."""
+        """Its routes, absolute; each decides itself who may ask."""
 
     def serve_at(self, url: str) -> None:
         """Told where it can be reached."""
@@ -195,7 +195,11 @@ class WebService:
 
         self._mounted = list(mounted)
         routes = [route for neighbour in mounted for route in neighbour.routes()]
-        application = Pages(site=site, bus=bus, clock=clock, db=db).application(routes)
+        application: Any = Pages(site=site, bus=bus, clock=clock, db=db).application(routes)
+        for neighbour in mounted:
+            # one that knows who people are keeps the pages for those who may see them
+            if (guard := getattr(neighbour, "guard", None)) is not None:
+                application = guard(application, [route.path for route in routes])
         host, port = site.config.web.host, site.config.web.port
         self._socket = socket.create_server((host, port), backlog=128)
         self._server = uvicorn.Server(

@@ -34,7 +34,7 @@ from cumbre.access.tokens_login import LOGIN_S, SESSION_S, SESSION_SCOPES, Login
 from cumbre.core.errors import CumbreError
 
 SESSION, STATE = "cumbre_session", "cumbre_login"
-PER_MINUTE = 60
+PER_MINUTE = 300
 """Logins, confirmations and questions for a token of one address in a minute."""
 FORM_HEADERS = PAGE_HEADERS | {
     "Content-Security-Policy": PAGE_HEADERS["Content-Security-Policy"] + "; form-action 'self'",
