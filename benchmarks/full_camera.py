@@ -17,6 +17,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -294,7 +295,9 @@ def night(site: Site, camera: Camera, options: argparse.Namespace) -> dict[str, 
         }
         before, begin, begin_tai = cpu(site), time.monotonic(), clock.now_tai_s()
         own = time.process_time()
-        backlogs, killed, failover_s = [], 0.0, math.nan
+        backlogs, failover_s = [], math.nan
+        stop = threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: stop.set())  # a shorter night, counted as it is
         for number in range(options.visits):
             start_tai = begin_tai + number * CADENCE_S
             clock.sleep(max(0.0, start_tai - clock.now_tai_s()))
@@ -308,7 +311,7 @@ def night(site: Site, camera: Camera, options: argparse.Namespace) -> dict[str, 
             image = block | {"exposureTime": EXPOSURE_S, "imageType": "OBJECT"}
             bus.publish_many([("ScriptQueue.nextVisit", visit), ("Camera.startIntegration", image)])
             if options.kill and number == options.visits // 2:
-                killed, failover_s = time.monotonic(), _kill_control(site, bus)
+                failover_s = _kill_control(site, bus)
             camera.store(obs_id, now)
             clock.sleep(max(0.0, start_tai + EXPOSURE_S + READOUT_S - clock.now_tai_s()))
             # Just before the next image everything of the ones before should be away.
@@ -318,6 +321,10 @@ def night(site: Site, camera: Camera, options: argparse.Namespace) -> dict[str, 
                 "daqPath": f"summit/daq/{obs_id}", "detectors": [d.name for d in camera.instrument.detectors],
             }  # fmt: skip
             bus.publish("Camera.endReadout", end)
+            print(f"visit {number + 1}: {backlogs[-1]} files behind", file=sys.stderr, flush=True)
+            if stop.is_set():
+                break
+        options.visits = number + 1
         clock.sleep(max(0.0, begin_tai + options.visits * CADENCE_S - clock.now_tai_s()))
         backlog_end = options.visits * files - watcher.counts[watcher.last]
         offered_s = time.monotonic() - begin
@@ -441,7 +448,7 @@ def main() -> None:
     )
     parser.add_argument("--settle", type=float, default=10.0, help="seconds in which idle cost is measured")
     parser.add_argument("--patience", type=float, default=300.0, help="seconds for what is left at the end")
-    parser.add_argument("--folder", type=Path, help="where to work")
+    parser.add_argument("--folder", type=Path, help="where to work (a disk, or memory to leave the disk out)")
     parser.add_argument("--keep", action="store_true", help="leave the site's folder")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()

@@ -442,6 +442,7 @@ def test_a_header_with_a_path_or_a_foreign_detector_makes_no_file(
     new = {item.name for item in site.root.rglob("*.fits") if item not in before}
     assert new == {f"{obs_id(1)}_R00.fits"}
     assert hops(bus, "at_base") == []
+    assert [m.fields["reason"] for m in bus.replay(["Replicator.refusal"])] == ["bad-content"]
 
 
 def test_addresses_of_distributors_elsewhere(site: Site, tmp_path: Path) -> None:

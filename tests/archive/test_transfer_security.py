@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from transfer_double import hops, key_of, running, until, write_image
 
-from cumbre.archive import guard
+from cumbre.archive import distributor, guard
 from cumbre.archive.addresses import write_address
 from cumbre.archive.certificates import Security, expiries, issue, make_authority
 from cumbre.archive.distributor import Distributor
@@ -268,6 +268,27 @@ def test_an_object_of_another_size_than_announced(
     else:
         # What was announced is whole and verified; what came after it is no frame and ended the connection.
         assert (site.path("base/raw") / key_of(1)).read_bytes() == CONTENT
+    good()
+
+
+def test_refusals_are_counted_by_reason_in_telemetry(
+    site: Site, bus: Bus, inside: socket.socket, good: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributor, "REPORT_EVERY_S", 0.05)
+    for key in ("../../../etc/cron.d/x", "/etc/passwd", key_of(1).replace("20261120", "..")):
+        send_frame(inside, GOOD | {"op": "offer", "key": key})
+        assert (read_frame(inside) or {})["answer"] == "refused"
+    send_frame(inside, GOOD | {"sha256": "sha256:" + "0" * 64})
+    inside.sendall(CONTENT)
+    assert (read_frame(inside) or {})["answer"] == "corrupt"
+
+    def told() -> dict[str, int]:
+        said = [message.fields for message in bus.replay(["Replicator.distributor"])][-1:]
+        assert not said or said[0]["refused"] == sum(said[0]["refusedCounts"])
+        return dict(zip(said[0]["refusedReasons"], said[0]["refusedCounts"], strict=True)) if said else {}
+
+    until(lambda: told() == {"bad-parcel": 3, "corrupt": 1})
+    nothing_written(site)
     good()
 
 

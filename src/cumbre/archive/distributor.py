@@ -159,7 +159,7 @@ class Distributor:
                     )
                     log.info("%s of %s: %s", detector.name, parcel.key, answer["answer"])
         except CumbreError as error:
-            log.error("%s: %s", parcel.key, error)
+            self._receiver.guard.refuse("bad-content", "", f"{parcel.key}: {error}")
             piece = Piece(str(key.obs_id), key.instrument, parcel.group_id)
             return [
                 hop_fields(
@@ -223,6 +223,7 @@ class Distributor:
 
     def _report(self) -> None:
         receiver = self._receiver
+        refused = dict(receiver.guard.counts)
         self._bus.publish(
             "Replicator.distributor",
             {
@@ -233,7 +234,9 @@ class Distributor:
                 "receivedBytes": receiver.received_bytes,
                 "resumedBytes": receiver.intake.resumed_bytes,
                 "served": self._images.served,
-                "refused": receiver.guard.counts.total(),
+                "refused": sum(refused.values()),
+                "refusedReasons": list(refused),
+                "refusedCounts": list(refused.values()),
             },
         )
 
