@@ -10,8 +10,9 @@ import logging
 import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cumbre.archive.alarms import Alarm
@@ -33,6 +34,8 @@ SILENT_S = 15.0
 """Real seconds without a heartbeat, while others are heard, after which a service is told to be silent."""
 DATABASE_S = 5.0
 """Real seconds that the database may take to answer."""
+BEATS = 5
+"""Heartbeats from which the clock of a service is judged."""
 OFF_S = 3.0
 """Real seconds that a service's clock may differ from those of the others."""
 STEP_S = 1.0
@@ -43,12 +46,16 @@ CALM_S = 30.0
 
 @dataclass(slots=True)
 class _Heard:
-    """Last heartbeat of a service."""
+    """Last heartbeats of one process of a service."""
 
-    at_s: float
-    off_s: float
-    before_s: float
-    """Difference of the heartbeat before: one late message is no wrong clock."""
+    pid: int
+    at_s: float = 0.0
+    offs_s: deque[float] = field(default_factory=lambda: deque(maxlen=BEATS))
+
+    @property
+    def off_s(self) -> float:
+        """By how much its clock is ahead of ours: of the heartbeat that was under way for the shortest time."""
+        return max(self.offs_s)
 
 
 class _Asking(threading.Thread):
@@ -141,8 +148,11 @@ class Watch:
             case "Service.heartbeat":
                 name = str(message.fields["name"])
                 off_s = self._clock.wall_s(message.snd_tai - self._clock.now_tai_s())
-                last = self._heard.get(name)
-                self._heard[name] = _Heard(time.monotonic(), off_s, last.off_s if last else 0.0)
+                heard = self._heard.get(name)
+                if heard is None or heard.pid != message.fields["pid"]:
+                    heard = self._heard[name] = _Heard(int(message.fields["pid"]))
+                heard.at_s = time.monotonic()
+                heard.offs_s.append(off_s)
             case "Replicator.registration":
                 self._pools[str(message.fields["name"])] = message
             case _:
@@ -217,7 +227,7 @@ class Watch:
                 over=f"{name} is heard",
             )
             off_s = heard.off_s - middle
-            is_off = min(abs(off_s), abs(heard.before_s - middle)) > OFF_S
+            is_off = len(heard.offs_s) > 1 and abs(off_s) > OFF_S
             self._set(
                 f"clock-{name}",
                 f"the clock of {name} is {off_s:+.1f} s from the others; see: cumbre doctor" * is_off,
