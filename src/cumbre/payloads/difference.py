@@ -25,6 +25,8 @@ UNUSABLE = int(MaskPlane.unusable() | MaskPlane.SAT_TEMPLATE)
 """Mask bits of difference pixels that are not measured."""
 MOST_STARS = 4000
 """Brightest stars that take part in the matching of two images."""
+INEXACT_MATCH = 0.1
+"""Part of a star's flux that may be left where the template is SUSPECT: its PSF is not the one that was matched."""
 SHARPER = 0.88
 """Ratio of widths below which the science image is convolved: its noise spoils the kernel, the template's hardly."""
 
@@ -440,7 +442,8 @@ def _mask(
         science.mask, science.image, template.mask, result.touched,
         np.uint16(MaskPlane.DETECTED | MaskPlane.DETECTED_NEGATIVE),
         np.uint16(MaskPlane.BAD | MaskPlane.NO_DATA | MaskPlane.EDGE), np.uint16(MaskPlane.SAT),
-        np.uint16(MaskPlane.NO_DATA), np.uint16(MaskPlane.SAT_TEMPLATE), np.uint16(UNUSABLE),
+        np.uint16(MaskPlane.SUSPECT), np.uint16(MaskPlane.NO_DATA), np.uint16(MaskPlane.SAT_TEMPLATE),
+        np.uint16(UNUSABLE),
     )  # fmt: skip
     if open_ends:
         # What the kernel spread was a gap or a saturated star: the nearer of the two names the pixel.

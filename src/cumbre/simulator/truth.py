@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,49 +23,65 @@ def truth_path(site_root: Path, obs_id: str) -> Path:
     return site_root / "simulator" / f"truth_{obs_id}.parquet"
 
 
-def _template_flux(
+@dataclass(frozen=True, slots=True)
+class _Templates:
+    """The template visits of a field.
+
+    Attributes
+    ----------
+    visits
+        An exposure request for each.
+    weights
+        Their parts of the mean, sum 1: by the noise of their skies, in units of one flux.
+    variance
+        Of a pixel of the mean, electrons² of the exposure in question.
+    """
+
+    visits: list[ExposureRequest]
+    weights: NDArray[np.float64]
+    variance: float
+
+
+def _templates(
+    instrument: Instrument, detector: Detector, exposure: ExposureRequest, sky: Sky, response: float, read_noise_e: float
+) -> _Templates:  # fmt: skip
+    here, visits, variances = _throughput(instrument, exposure, sky), [], []
+    for mid_tai in sky.templates(exposure.ra, exposure.dec, instrument.filter(exposure.filter).band):
+        visit = replace(exposure, begin_tai=mid_tai - 0.5 * exposure.exposure_s)
+        scale = here / _throughput(instrument, visit, sky)
+        variances.append(
+            scale**2 * (sky.background_e(instrument, detector, visit) * response + read_noise_e**2)
+        )
+        visits.append(visit)
+    if not visits:
+        return _Templates([], np.zeros(0), 0.0)
+    weights = 1.0 / np.array(variances)
+    return _Templates(visits, weights / weights.sum(), float(1.0 / weights.sum()))
+
+
+def _template_fluxes(
     sky: Sky,
-    exposure: ExposureRequest,
+    templates: _Templates,
     band: str,
     ids: NDArray[np.int64],
     kind: NDArray[np.int8],
     now: NDArray[np.float64],
 ) -> NDArray[np.float64]:
-    """Mean flux over the template visits, relative to magnitude ``now``; 0 where there was nothing."""
-    times = sky.templates(exposure.ra, exposure.dec, band)
-    out = np.zeros(ids.size)
+    """Flux in each template visit, relative to magnitude ``now``, (visits, n); 0 where there was nothing."""
+    out = np.zeros((max(len(templates.visits), 1), ids.size))
     for which, name in ((VARIABLE, "stars"), (SUPERNOVA, "supernovae")):
         chosen = np.flatnonzero(kind == which)
         if chosen.size == 0:
             continue
         rows = ids[chosen] - FIRST_ID[name]
-        if times:
-            mags = np.array([sky.magnitudes(name, rows, band, tai_s) for tai_s in times])
-            out[chosen] = np.mean(10 ** (-0.4 * (mags - now[chosen])), axis=0)
+        if templates.visits:
+            mags = np.array([sky.magnitudes(name, rows, band, visit.mid_tai) for visit in templates.visits])
+            out[:, chosen] = 10 ** (-0.4 * (mags - now[chosen]))
         elif which == VARIABLE:
             # No template is known: the mean brightness stands for it.
             table = {key: value[rows] for key, value in sky.tables[name].items()}
-            out[chosen] = 10 ** (-0.4 * (band_magnitude(table, band) - now[chosen]))
+            out[:, chosen] = 10 ** (-0.4 * (band_magnitude(table, band) - now[chosen]))
     return out
-
-
-def _template_variance(
-    instrument: Instrument,
-    detector: Detector,
-    exposure: ExposureRequest,
-    sky: Sky,
-    response: NDArray[np.float64],
-    read_noise_e: float,
-) -> NDArray[np.float64]:
-    """Variance of a pixel (electrons² of this exposure) of the mean of the template visits; 0 without them."""
-    times = sky.templates(exposure.ra, exposure.dec, instrument.filter(exposure.filter).band)
-    total = np.zeros_like(response)
-    here = _throughput(instrument, exposure, sky)
-    for mid_tai in times:
-        visit = replace(exposure, begin_tai=mid_tai - 0.5 * exposure.exposure_s)
-        scale = here / _throughput(instrument, visit, sky)
-        total += scale**2 * (sky.background_e(instrument, detector, visit) * response + read_noise_e**2)
-    return total / max(len(times), 1) ** 2
 
 
 def _throughput(instrument: Instrument, exposure: ExposureRequest, sky: Sky) -> float:
@@ -83,9 +99,10 @@ def detector_truth(
     dict of arrays
         ``id``, ``kind`` (word), ``ra``, ``dec`` (degrees), ``x``, ``y`` (pixels), ``detector``, ``band``,
         ``mag``, ``flux_e`` and ``delta_flux_e`` (electrons of the exposure at full response; against the mean
-        of the template visits), ``snr_image`` (whole flux in this image), ``snr`` (|delta| in the difference:
-        PSF photometry on the noise of this image and of the mean of the template visits), ``usable``
-        (8 pixels inside, no defect within one pixel, not saturated).
+        of the template visits, each by the noise of its sky), ``snr_image`` (whole flux in this image), ``snr``
+        (|delta| in the difference: PSF photometry on the noise of this image and of the mean of the template
+        visits), ``usable`` (8 pixels inside, no defect within one pixel, not saturated in the image or a template
+        visit).
     """
     band = instrument.filter(exposure.filter).band
     light = sky.light(instrument, detector, exposure)
@@ -99,7 +116,6 @@ def detector_truth(
     )
     ids, kind, mag, flux = s.id[chosen], s.kind[chosen], s.mag[chosen], s.flux_e[chosen]
     x, y = s.x[chosen], s.y[chosen]
-    delta = flux * (1.0 - _template_flux(sky, exposure, band, ids, kind, mag))
     fixed = chip(instrument, detector, seed)
     column, row = np.rint(x).astype(int), np.rint(y).astype(int)
     response = np.array(
@@ -119,12 +135,21 @@ def detector_truth(
     pixels = light.psf.effective_pixels()
     background = light.background_e * response + read_noise**2
     signal = flux * response
+    templates = _templates(
+        instrument, detector, exposure, sky, float(np.median(fixed.response[::16, ::16])), read_noise
+    )
+    before = flux * _template_fluxes(sky, templates, band, ids, kind, mag)
+    delta = flux - (templates.weights @ before if templates.visits else before[0])
     image_variance = pixels * background + signal
-    template_variance = pixels * _template_variance(instrument, detector, exposure, sky, response, read_noise)
+    template_variance = pixels * templates.variance
     full = float(fixed.full_well_e.min())
     inside = (x > EDGE_PX) & (x < detector.nx - 1 - EDGE_PX) & (y > EDGE_PX) & (y < detector.ny - 1 - EDGE_PX)
-    bright = np.maximum(signal, signal - delta * response)
-    saturated = bright * light.psf.peak_fraction() + background > 0.95 * full
+    saturated = signal * light.psf.peak_fraction() + background > 0.95 * full
+    for visit, there in zip(templates.visits, before, strict=False):
+        part = sky.psf(instrument, detector, visit).peak_fraction()
+        scale = _throughput(instrument, visit, sky) / _throughput(instrument, exposure, sky)
+        level = sky.background_e(instrument, detector, visit) * response
+        saturated |= scale * there * response * part + level > 0.95 * full
     return {
         "id": ids,
         "kind": np.array([KIND_NAMES[k] for k in kind], dtype=object),

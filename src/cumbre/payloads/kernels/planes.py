@@ -164,11 +164,11 @@ def pulls(image, variance, bad, step):  # type: ignore[no-untyped-def]
 
 @njit(cache=True)
 def join_masks(  # type: ignore[no-untyped-def]
-    science, image, template, touched, drop, gap_bits, sat_bit, no_data, sat_template, unusable
+    science, image, template, touched, drop, gap_bits, sat_bit, kept_bit, no_data, sat_template, unusable
 ):
     """Mask of a difference; bit 1 of ``touched`` marks what the kernel reached.
 
-    Science bits without ``drop``; ``no_data`` where the template has one of ``gap_bits`` or the image is not finite;
+    Science bits without ``drop``; the template's ``kept_bit``; ``no_data`` where the template has one of ``gap_bits`` or the image is not finite;
     ``sat_template`` where the template is saturated. Gives the mask and how many reached pixels remain unexplained.
     """
     out = np.empty(science.shape, np.uint16)
@@ -177,6 +177,7 @@ def join_masks(  # type: ignore[no-untyped-def]
         for i in range(science.shape[1]):
             bits = science[j, i] & ~drop
             other = template[j, i]
+            bits |= other & kept_bit
             if other & gap_bits:
                 bits |= no_data
             if other & sat_bit:

@@ -1,0 +1,67 @@
+"""Templates from images of different seeing and reach."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cumbre.payloads.coadd import TEMPLATE_ZERO_POINT, make_template
+from cumbre.payloads.exposure import Exposure, MaskPlane
+from cumbre.payloads.kernels.psf import gaussian_psf
+from cumbre.payloads.kernels.wcs import PlaneWcs
+
+SIDE = 200
+WCS = PlaneWcs.linear(10.0, -30.0, SIDE / 2, SIDE / 2, np.array([[-2e-4, 0], [0, 2e-4]]))
+BRIGHT, FAINT = (60.0, 70.0), (130.0, 120.0)
+
+
+def visit(fwhm: float, sky: float, fluxes: tuple[float, float], *, lost_columns: int = 0) -> Exposure:
+    yy, xx = np.mgrid[:SIDE, :SIDE]
+    sigma = fwhm / 2.3548
+    image = np.zeros((SIDE, SIDE))
+    for (x, y), flux in zip((BRIGHT, FAINT), fluxes, strict=True):
+        image += flux * np.exp(-((xx - x) ** 2 + (yy - y) ** 2) / (2 * sigma**2)) / (2 * np.pi * sigma**2)
+    # far less noise than the variance says, so that a mean is seen as it is
+    image += np.random.default_rng(int(10 * fwhm)).normal(0, 0.05, image.shape)
+    mask = np.zeros((SIDE, SIDE), np.uint16)
+    if lost_columns:
+        mask[:, -lost_columns:] = MaskPlane.NO_DATA
+    return Exposure(
+        image.astype(np.float32), (image + sky).astype(np.float32), mask, wcs=WCS, zero_point=TEMPLATE_ZERO_POINT,
+        zero_point_err=0.001, is_background_subtracted=True, psf=gaussian_psf(fwhm, (SIDE, SIDE)),
+        metadata={"obs_id": f"v{fwhm}"},
+    )  # fmt: skip
+
+
+def test_bright_and_faint_stars_have_one_psf():
+    visits = [visit(fwhm, 400.0, (1e6, 1e3)) for fwhm in (2.6, 3.0, 3.4, 4.4)]
+    image = make_template(visits, WCS, (SIDE, SIDE)).image
+    shapes = []
+    for (x, y), flux in ((BRIGHT, 1e6), (FAINT, 1e3)):
+        box = image[int(y) - 8 : int(y) + 9, int(x) - 8 : int(x) + 9]
+        shapes.append(box / flux)
+    assert np.abs(shapes[0] - shapes[1]).max() < 0.005 * shapes[1].max()
+
+
+def test_star_that_varied_is_the_mean_by_the_noise_of_the_skies():
+    skies, fluxes = (400.0, 400.0, 400.0, 1600.0), (1e5, 1.5e5, 0.7e5, 1.4e5)
+    visits = [visit(3.0, sky, (1e6, flux)) for sky, flux in zip(skies, fluxes, strict=True)]
+    made = make_template(visits, WCS, (SIDE, SIDE))
+    x, y = (int(v) for v in FAINT)
+    total = float(made.image[y - 12 : y + 13, x - 12 : x + 13].sum())
+    assert total == pytest.approx(np.average(fluxes, weights=1 / np.array(skies)), rel=0.005)
+    # far from all stars: the noise of that mean
+    assert made.variance[20, 180] == pytest.approx(1 / np.sum(1 / np.array(skies)), rel=0.01)
+
+
+def test_particle_in_one_image_is_left_out():
+    visits = [visit(3.0, 400.0, (1e6, 1e3)) for _ in range(3)]
+    visits[1].image[30, 150] += 5000
+    assert abs(make_template(visits, WCS, (SIDE, SIDE)).image[30, 150]) < 10
+
+
+def test_part_that_not_all_images_reach_says_so():
+    visits = [visit(3.0, 400.0, (1e6, 1e3), lost_columns=lost) for lost in (0, 0, 40)]
+    mask = make_template(visits, WCS, (SIDE, SIDE)).mask
+    assert (mask[20:-20, -30:-10] & MaskPlane.SUSPECT).all()
+    assert not (mask[20:-20, 20:-50] & MaskPlane.SUSPECT).any()
