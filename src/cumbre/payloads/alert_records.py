@@ -112,6 +112,7 @@ def dia_source(row: Any, context: SourceContext, counter: int) -> dict[str, Any]
         "reliabilityVersion": context.reliability_version,
         "band": context.band or None,
         "isDipole": bool(row["isDipole"]),
+        "glint_trail": bool(row["flagGlintTrail"]),
         "trailLength": _number(row["trailLength"] * context.pixel_scale_arcsec) if trail else None,
         "trailAngle": _number(row["trailAngle"]) if trail else None,
         "trailNdata": 0,

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cumbre.payloads import realbogus
-from cumbre.payloads.difference import UNUSABLE, Difference, DifferenceConfig, difference
+from cumbre.payloads.difference import INEXACT_MATCH, UNUSABLE, Difference, DifferenceConfig, difference
 from cumbre.payloads.exposure import Exposure, MaskPlane
 from cumbre.payloads.kernels import classify
 from cumbre.payloads.kernels.detect import (
@@ -26,6 +26,7 @@ from cumbre.payloads.kernels.detect import (
     significance,
     streak_mask,
 )
+from cumbre.payloads.kernels.glints import glint_rows
 from cumbre.payloads.kernels.measure import Measurement, compactness, measure_sources
 from cumbre.payloads.kernels.photometry import aperture_photometry, forced_psf_photometry
 from cumbre.payloads.kernels.planes import flag_bad, flag_detected, robust_rms, sampled
@@ -52,7 +53,13 @@ _REJECT = int(MaskPlane.CR | MaskPlane.SAT | MaskPlane.SAT_TEMPLATE | MaskPlane.
 _DETECTED = np.uint16(MaskPlane.DETECTED), np.uint16(MaskPlane.DETECTED_NEGATIVE)
 SOURCE_DTYPE = np.dtype(
     [("id", np.int64), *((name, np.float64) for name in _FLOATS), ("isNegative", bool), ("isDipole", bool)]
-    + [("nPix", np.int32), ("pixelFlags", np.uint16), ("pixelFlagsCentre", np.uint16), ("flagCentroid", bool)]
+    + [
+        ("nPix", np.int32),
+        ("pixelFlags", np.uint16),
+        ("pixelFlagsCentre", np.uint16),
+        ("flagCentroid", bool),
+        ("flagGlintTrail", bool),
+    ]
     + [(name, bool) for name in FLAGS]
 )
 
@@ -172,6 +179,10 @@ def process_pair(
             version = model.version
             sources["reliability"] = model.scores(described.inputs)
     sources["reliability"][features[:, -1] > 0] = 0.0
+    # Flashes are points of light that were there: they are flagged, and keep their reliability.
+    points = np.flatnonzero(~sources["isNegative"] & ~sources["isDipole"] & (features[:, -1] == 0))
+    rows = glint_rows(sources["x"][points], sources["y"][points], exposure.shape, fwhm)
+    sources["flagGlintTrail"][points[rows]] = True
     metrics = dict(made.metrics)
     metrics |= {
         "snr_scale": scale,
@@ -179,6 +190,7 @@ def process_pair(
         "n_sources": float(len(sources)),
         "n_reliable": float((sources["reliability"] >= config.reliable).sum()),
         "n_negative": float(sources["isNegative"].sum()),
+        "n_glints": float(sources["flagGlintTrail"].sum()),
         "n_dipoles": float(sources["isDipole"].sum()),
         "noise_peaks_positive": measurer.tails[0][0],
         "noise_slope_positive": measurer.tails[0][1],
@@ -296,9 +308,11 @@ class _Measurer:
         row["x"], row["y"], row["xErr"], row["yErr"] = source.x, source.y, source.x_err, source.y_err
         row["snr"] = abs(peak_snr)
         row["psfFlux"], row["psfChi2"] = source.flux, source.chi2
+        inexact = INEXACT_MATCH if source.mask_bits & MaskPlane.SUSPECT else 0.0
         # photons; the PSF model and the zero point; what matching leaves of a star at the place
         parts = source.flux_err, self._made.metrics["flux_error"] * source.flux
-        row["psfFluxErr"] = math.hypot(*parts, self._made.metrics["match_residual"] * template[0])
+        left = max(self._made.metrics["match_residual"], 0.5 * inexact)
+        row["psfFluxErr"] = math.hypot(*parts, left * template[0])
         row["apFlux"], row["apFluxErr"] = source.aperture_flux, source.aperture_err
         row["flux"] = inside
         row["isNegative"] = peak_snr < 0
@@ -317,7 +331,7 @@ class _Measurer:
             psf_elongation=ratio,
             psf_compactness=psf_compactness,
             noise_above=self._noise_above(peak_snr),
-            match_error=2.5 * self._made.match_error,
+            match_error=2.5 * max(self._made.match_error, inexact),
         )
         partner = source.partner * abs(peak_snr)
         row["isDipole"] = partner >= 4.5 and source.partner >= 0.25

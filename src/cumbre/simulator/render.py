@@ -18,6 +18,7 @@ from cumbre.simulator import profiles
 from cumbre.simulator.chip import Chip, chip, field_position, raw_shape
 from cumbre.simulator.exposure import ExposureRequest
 from cumbre.simulator.randomness import generator
+from cumbre.simulator.sky import Component
 
 if TYPE_CHECKING:
     from cumbre.simulator.sky import Light, Sky
@@ -29,6 +30,8 @@ EXACT_POISSON_BELOW_E = 30.0
 COSMIC_RAYS_CM2_MIN = 3.0
 TRAIL_PROBABILITY = 0.05
 """Satellite trails per exposure and field."""
+GLINT_PROBABILITY = 0.03
+"""Tumbling satellites per exposure and field: each leaves a row of flashes."""
 
 
 def expected_electrons(
@@ -61,7 +64,41 @@ def _sky_image(
     image = np.full(detector.shape, background, np.float32)
     _add_sources(instrument, detector, image, light)
     _add_trail(image, detector, exposure, light, seed)
+    _add_glints(instrument, detector, exposure, image, light, seed)
     return image
+
+
+def glints(detector: Detector, exposure: ExposureRequest, light: Light, seed: int) -> NDArray[np.float64]:
+    """Flashes of a tumbling satellite on one detector: (n, 3) x, y in pixels, electrons; part of the truth."""
+    rng = generator(seed, "glints", exposure.obs_id)
+    if rng.uniform() >= GLINT_PROBABILITY:
+        return np.zeros((0, 3))
+    number, angle = int(rng.integers(6, 15)), rng.uniform(0, 2 * np.pi)
+    # in the focal plane, about a place near the middle: one satellite crosses all detectors on its way
+    step_mm = rng.uniform(0.3, 2.0)
+    along = (np.arange(number) - number / 2) * step_mm
+    start = rng.uniform(-8, 8, 2)
+    x_mm, y_mm = start[0] + along * np.cos(angle), start[1] + along * np.sin(angle)
+    noise = np.sqrt(light.background_e * light.psf.effective_pixels())
+    flux = noise * 10 ** rng.uniform(1.3, 2.0) * rng.uniform(0.7, 1.3, number)
+    x0, y0 = (float(value) for value in focal_plane_from_pixel(detector, 0.0, 0.0))
+    turn = np.deg2rad(detector.angle_deg)
+    dx, dy = (x_mm - x0) / detector.pixel_mm, (y_mm - y0) / detector.pixel_mm
+    x, y = dx * np.cos(turn) + dy * np.sin(turn), -dx * np.sin(turn) + dy * np.cos(turn)
+    inside = (x > -0.5) & (y > -0.5) & (x < detector.nx - 0.5) & (y < detector.ny - 0.5)
+    return np.asarray(np.column_stack([x, y, flux])[inside])
+
+
+def _add_glints(
+    instrument: Instrument, detector: Detector, exposure: ExposureRequest, image: NDArray[np.float32], light: Light, seed: int
+) -> None:  # fmt: skip
+    """Add the flashes of the exposure, if it has some: short ones, of the shape of stars."""
+    rows = glints(detector, exposure, light, seed)
+    if len(rows):
+        x, y, flux = rows.T
+        unit = np.array([1.0])
+        points = Component(x, y, flux, np.zeros((len(rows), 3)))
+        _add_component(instrument, detector, image, light, points, (unit, unit))
 
 
 def _add_trail(
@@ -102,33 +139,32 @@ def _add_sources(
     instrument: Instrument, detector: Detector, image: NDArray[np.float32], light: Light
 ) -> None:
     """Add every source, in order of the catalogue."""
+    unit = np.array([1.0])
+    _add_component(instrument, detector, image, light, light.points, (unit, unit))
+    _add_component(instrument, detector, image, light, light.discs, profiles.exponential())
+    _add_component(instrument, detector, image, light, light.bulges, profiles.de_vaucouleurs())
+
+
+def _add_component(
+    instrument: Instrument,
+    detector: Detector,
+    image: NDArray[np.float32],
+    light: Light,
+    component: Component,
+    profile: tuple[NDArray[np.float64], NDArray[np.float64]],
+) -> None:
+    """Add sources of one profile (weights and variances of its Gaussians)."""
     from cumbre.simulator import kernels
 
+    if component.x.size == 0:
+        return
     psf_weights, psf_variances = profiles.moffat()
     faint = 0.2 * np.sqrt(max(light.background_e, 25.0))
-    unit = np.array([1.0])
-    for component, (weights, variances) in (
-        (light.points, (unit, unit)),
-        (light.discs, profiles.exponential()),
-        (light.bulges, profiles.de_vaucouleurs()),
-    ):
-        if component.x.size == 0:
-            continue
-        u, v = field_position(instrument, detector, component.x, component.y)
-        kernels.add_light(
-            image,
-            component.x,
-            component.y,
-            component.flux_e,
-            component.shape,
-            light.psf.unit_covariance(u, v),
-            weights,
-            variances,
-            psf_weights,
-            psf_variances,
-            profiles.PIXEL_VARIANCE,
-            faint,
-        )
+    u, v = field_position(instrument, detector, component.x, component.y)
+    kernels.add_light(
+        image, component.x, component.y, component.flux_e, component.shape, light.psf.unit_covariance(u, v),
+        *profile, psf_weights, psf_variances, profiles.PIXEL_VARIANCE, faint,
+    )  # fmt: skip
 
 
 def add_cosmic_rays(

@@ -39,7 +39,7 @@ SNR_EDGES = (5.0, 6.0, 7.0, 8.0, 10.0, 15.0, 25.0, 50.0, 100.0, np.inf)
 MAG_EDGES = tuple(np.arange(15.0, 24.01, 1.0))
 LIMITS = (5.0, 6.0, 8.0, 10.0)
 REAL, FALSE, UNSURE = 1, 0, -1
-CLASSES = ("cosmic ray", "trail", "bright-star residual", "galaxy residual", "defect", "other")
+CLASSES = ("cosmic ray", "trail", "glint", "bright-star residual", "galaxy residual", "defect", "other")
 
 
 @dataclass(slots=True)
@@ -188,6 +188,8 @@ def _cause(source: Any, junk: Debris, radius: int, fwhm: float) -> str:
         return "cosmic ray"
     if float(junk.trail[box].sum()) > 0.2 * flux:
         return "trail"
+    if len(junk.glints) and float(np.hypot(junk.glints[:, 0] - x, junk.glints[:, 1] - y).min()) < fwhm:
+        return "glint"
     for table, name in ((junk.stars, "bright-star residual"), (junk.galaxies, "galaxy residual")):
         apart = np.hypot(table[:, 0] - x, table[:, 1] - y)
         # A star of a million electrons disturbs farther out than a faint one.
@@ -233,8 +235,8 @@ def measure(jobs: list[Job], *, workers: int = 1, reliable: float = 0.5) -> dict
 
 
 def published(record: Record, reliable: float) -> NDArray[np.bool_]:
-    """Sources that would be alerts."""
-    return np.asarray(record.sources["reliability"] >= reliable)
+    """Sources that would be alerts without the flag of glints."""
+    return np.asarray((record.sources["reliability"] >= reliable) & ~record.sources["flagGlintTrail"])
 
 
 def summarise(records: Iterable[Record], *, reliable: float = 0.5) -> dict[str, Any]:

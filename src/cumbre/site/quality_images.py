@@ -34,7 +34,10 @@ INSTRUMENTS = {"1k": "democam", "4k": "democam4k"}
 USUAL_SKY = ""
 RICH_SKY = "  transients_per_detector: 14\n  variables_fraction: 0.03\n  asteroids_per_deg2: 120\n"
 """More of everything than a demonstration night has."""
-RICH_SKY_4K = "  transients_per_detector: 150\n  variables_fraction: 0.03\n  asteroids_per_deg2: 120\n"
+RICH_SKY_4K = "  star_density: 16\n  transients_per_detector: 150\n  variables_fraction: 0.03\n  asteroids_per_deg2: 120\n"
+"""With 9,000 stars on the detector."""
+MAKERS = ("coadd.py", "calibrat*.py", "isr.py", "raw.py", "stars.py", "kernels/*.py")
+"""Modules of the payloads that calibrations and templates come out of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,36 @@ def sky_of_seed(size: str, *, rich: bool) -> str:
     return USUAL_SKY if not rich else RICH_SKY_4K if size == "4k" else RICH_SKY
 
 
+def makers_digest() -> str:
+    """What names the code that makes calibrations and templates."""
+    import hashlib
+
+    import cumbre.payloads
+
+    folder = Path(cumbre.payloads.__file__).parent
+    files = sorted({path for pattern in MAKERS for path in folder.glob(pattern)})
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def drop_outdated(root: Path, calibrations: Path, templates: Path) -> bool:
+    """Remove what other code made from the frames of a cached field: figures are of one state of the payload.
+
+    Returns
+    -------
+    True when something was removed.
+    """
+    from cumbre.stores.files import write_atomic
+
+    mark, digest = root / "made-by.txt", makers_digest()
+    if mark.exists() and mark.read_text().strip() == digest:
+        return False
+    old = [path for folder in (calibrations, templates) for path in folder.rglob("*.fits")]
+    for path in old:
+        path.unlink()
+    write_atomic(mark, f"{digest}\n".encode())
+    return bool(old)
+
+
 def make_cases(
     folder: Path, seed: int, *, detectors: int, visits: int, size: str = "1k", rich: bool = False
 ) -> Iterator[Case]:
@@ -74,7 +107,8 @@ def make_cases(
     Parameters
     ----------
     folder
-        Cache; each seed and size has a folder of its own in it.
+        Cache; each seed and size has a folder of its own in it. Frames stay; calibrations and templates are made again
+        when the code that makes them has changed.
     detectors, visits
         How many of the camera's science detectors, and how many visits of the field (at most seven).
     size
@@ -99,11 +133,12 @@ def make_cases(
     instrument = load_instrument(site.config.instruments[0])
     sky = prepare_sky(site)
     chosen = [d.name for d in instrument.detectors if d.purpose == "SCIENCE"][:detectors]
+    where = preparation.paths(site)
+    drop_outdated(root, where["calibs"], where["templates"])
     wanted = [task for task in preparation.tasks(site, instrument, sky) if task.detector in chosen]
     for task in sorted(wanted, key=lambda t: t.kind):
         if not Path(task.out).exists():
             preparation.make(task)
-    where = preparation.paths(site)
     reference = RefCat.load(where["refcat"])
     tile, band = sky.tiles[0], site.config.scheduler.filters[0]
     filter_name = instrument.filter(band).name
@@ -139,6 +174,8 @@ class Debris:
         float32 (ny, nx): electrons that particles left.
     trail
         float32 (ny, nx): electrons of a satellite's trail.
+    glints
+        (n, 3): x, y, electrons of a satellite's flashes.
     stars, galaxies
         (n, 3): x, y, electrons of the sources that do not change.
     defects
@@ -147,6 +184,7 @@ class Debris:
 
     cosmic_rays: NDArray[np.float32]
     trail: NDArray[np.float32]
+    glints: NDArray[np.float64]
     stars: NDArray[np.float64]
     galaxies: NDArray[np.float64]
     defects: NDArray[np.bool_]
@@ -155,7 +193,7 @@ class Debris:
 def debris(case: Case) -> Debris:
     """The truth about everything on an image that is no change of the sky."""
     from cumbre.simulator.chip import chip
-    from cumbre.simulator.render import particle_tracks, trail_light
+    from cumbre.simulator.render import glints, particle_tracks, trail_light
     from cumbre.simulator.sky import GALAXY, STAR
 
     detector = case.raw.detector
@@ -165,6 +203,7 @@ def debris(case: Case) -> Debris:
     return Debris(
         cosmic_rays=particle_tracks(case.instrument, detector, case.request, case.sky, case.seed),
         trail=trail_light(detector, case.request, light, case.seed),
+        glints=glints(detector, case.request, light, case.seed),
         stars=table[s.kind == STAR],
         galaxies=table[s.kind == GALAXY],
         defects=chip(case.instrument, detector, case.seed).defects,
