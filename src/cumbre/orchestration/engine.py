@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import queue
+import signal
 import threading
 import time
 from collections import deque
@@ -23,7 +24,6 @@ log = logging.getLogger(__name__)
 # Dask's number is larger for what is more urgent, ours smaller.
 _DASK_PRIORITY = 1000
 START_TIMEOUT_S = 60.0
-KILL_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,13 +230,13 @@ class DaskEngine:
             future.cancel()
 
     def kill(self, key: str, worker: str) -> None:
-        """Have the worker's nanny end it, in the background: one that hangs takes seconds to be ended."""
+        """Have the worker's nanny end it and start another, in the background."""
         self.cancel(key)
-        threading.Thread(target=self._restart, args=(worker,), daemon=True).start()
+        threading.Thread(target=self._end, args=(worker,), daemon=True).start()
 
-    def _restart(self, worker: str) -> None:
+    def _end(self, worker: str) -> None:
         try:
-            self._client.restart_workers([worker], timeout=KILL_TIMEOUT_S, raise_for_error=False)
+            self._client.run(_end_worker, workers=[worker], nanny=True, on_error="return")
         except (OSError, TimeoutError, ValueError, KeyError, RuntimeError) as error:
             log.warning("worker %s could not be ended: %s: %s", worker, type(error).__name__, error)
 
@@ -263,6 +263,11 @@ class DaskEngine:
 
 def _pid() -> int:
     return os.getpid()
+
+
+def _end_worker(dask_worker: Any) -> None:
+    """Run on the nanny: one that stands still hears nothing else."""
+    os.kill(dask_worker.pid, signal.SIGKILL)
 
 
 def _warm_plugin(function: str, payload: dict[str, Any], nice: int) -> Any:

@@ -205,14 +205,15 @@ class PromptService:
 
     def _tell_pool(self) -> None:
         """Tell control how many workers there are, and everybody when they fall behind."""
-        if time.monotonic() < self._next_pool:
+        dispatcher = self.manager.dispatcher
+        is_news = dispatcher.is_behind != self._overload_told.get("behind", False)
+        if time.monotonic() < self._next_pool and not is_news:
             return
         self._next_pool = time.monotonic() + POOL_S
         workers = {name: len(engine.workers()) for name, engine in self.engines.items()}
         self.bus.publish(
             "AlertProductionCluster.pool", {"workers": workers[LIVE], "waiting": self.state.waiting}
         )
-        dispatcher = self.manager.dispatcher
         told = {
             "behind": dispatcher.is_behind,
             "dropped": self._left[DROPPED],
