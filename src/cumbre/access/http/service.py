@@ -26,6 +26,7 @@ from cumbre.access.http.base import (
 )
 from cumbre.access.http.cone import Cone, cone_error
 from cumbre.access.http.examples import examples_for
+from cumbre.access.http.hips import Hips
 from cumbre.access.http.images import Images
 from cumbre.access.http.own_tables import SAVE, UPDATE, OwnTables
 from cumbre.access.http.sia import Sia
@@ -34,6 +35,7 @@ from cumbre.access.http.tap import Tap, user_of
 from cumbre.access.http.uws_views import JobFace
 from cumbre.access.identity import Identity, Principal
 from cumbre.access.images.catalogue import ImageCatalogue
+from cumbre.access.images.hips import FOLDER as HIPS_FOLDER
 from cumbre.access.images.regenerate import Regenerator
 from cumbre.access.limits import Limits
 from cumbre.access.user_tables import UserTables
@@ -129,6 +131,7 @@ class AccessService:
             again = Regenerator(root, catalogue, most_bytes=self.settings.regenerated_bytes)
             self.images = Images(catalogue, self.identity, self.store, self.requests, authority, again)
             work[images.SERVICE] = self.images.work
+        self.hips = Hips(root / HIPS_FOLDER, self.requests)
         self.own = None
         if own is not None:
             self.own = OwnTables(
@@ -192,6 +195,9 @@ class AccessService:
             *jobs.routes(),
             route("/datalink/links", face.links, ["GET", "POST"]),
             route("/files/{image:path}", face.file, ["GET"]),
+            route("/hips/hipslist", self.hips.listing, ["GET"]),
+            route("/hipslist", self.hips.listing, ["GET"]),
+            route("/hips/{name}/{path:path}", self.hips.file, ["GET"]),
         ]
         for name, services in (("sia", (sia,)), ("soda", (soda, soda_async)), ("datalink", (links,))):
             out += [

@@ -291,16 +291,22 @@ class ImageCatalogue:
 
     def find_many(self, image_ids: Sequence[str], who: Principal) -> dict[str, Image]:
         """Images by identifier; those that are absent or not released to the one who asks are left out."""
+        return {
+            image.image_id: image for image in self._select("image_id = ANY(%s)", (list(image_ids),), who)
+        }
+
+    def of_product(self, product: str, band: str, who: Principal) -> list[Image]:
+        """All images of a product in a band that are released to the one who asks."""
+        return self._select("product = %s AND band = %s ORDER BY image_id", (product, band), who)
+
+    def _select(self, condition: str, values: Sequence[Any], who: Principal) -> list[Image]:
         columns = ", ".join(f'"{name}"' for name in _COLUMNS)
         rows = self._db.query(
-            f"SELECT {columns} FROM access.image, access.horizon WHERE image_id = ANY(%s)"  # noqa: S608
-            f" AND ({released_sql(who.rights)})",
-            (list(image_ids),),
+            f"SELECT {columns} FROM access.image, access.horizon"  # noqa: S608 (names are ours)
+            f" WHERE ({released_sql(who.rights)}) AND {condition}",
+            values,
         )
-        return {
-            row["image_id"]: Image(**(row | {"region": row["region"] and tuple(row["region"])}))
-            for row in rows
-        }
+        return [Image(**(row | {"region": row["region"] and tuple(row["region"])})) for row in rows]
 
 
 def released_sql(rights: Iterable[str]) -> str:
