@@ -122,7 +122,7 @@ def _fact(order: int) -> int:
 
 
 def _widen(found: NDArray[np.int64], order: int) -> Ranges:
-    """To order 29, sorted and merged, at most MAX_RANGES: the smallest gaps are closed first."""
+    """To order 29, sorted and merged, at most MAX_RANGES."""
     shift = 2 * (ORDER - order)
     ranges: list[list[int]] = []
     for low, high in sorted((int(a), int(b)) for a, b in found):
@@ -130,14 +130,20 @@ def _widen(found: NDArray[np.int64], order: int) -> Ranges:
             ranges[-1][1] = max(high, ranges[-1][1])
         else:
             ranges.append([low, high])
-    if len(ranges) > MAX_RANGES:
-        gaps = sorted(range(1, len(ranges)), key=lambda i: ranges[i][0] - ranges[i - 1][1])
-        closed = set(gaps[: len(ranges) - MAX_RANGES])
-        merged: list[list[int]] = []
-        for i, pair in enumerate(ranges):
-            if i in closed:
-                merged[-1][1] = pair[1]
-            else:
-                merged.append(pair)
-        ranges = merged
-    return [(low << shift, high << shift) for low, high in ranges]
+    few = fewer([(low, high) for low, high in ranges], MAX_RANGES)
+    return [(low << shift, high << shift) for low, high in few]
+
+
+def fewer(ranges: Ranges, most: int) -> Ranges:
+    """The same pixels and some more in at most so many ranges: the smallest gaps are closed."""
+    if len(ranges) <= most:
+        return ranges
+    gaps = sorted(range(1, len(ranges)), key=lambda i: ranges[i][0] - ranges[i - 1][1])
+    closed = set(gaps[: len(ranges) - most])
+    merged: Ranges = []
+    for i, (low, high) in enumerate(ranges):
+        if i in closed:
+            merged[-1] = (merged[-1][0], high)
+        else:
+            merged.append((low, high))
+    return merged

@@ -65,22 +65,18 @@ def access(
     """
     from cumbre.site.access_benchmark import WANTED, run
 
+    def tell(name: str, value: dict[str, Any]) -> None:
+        told = ", ".join(f"{k} {v:,}" if isinstance(v, int | float) else f"{k} {v}" for k, v in value.items())
+        wanted = f"   [wanted: {WANTED[name]}]" if name in WANTED else ""
+        click.echo(f"{name:26s} {told}{wanted}", err=as_json)
+
     with tempfile.TemporaryDirectory(prefix="cumbre-bench-") as temporary:
         figures = run(
             (work or Path(temporary)).resolve(), rows, outlines=outlines or max(rows // 10, 1), clients=clients, big=big,
-            seconds=seconds,
+            seconds=seconds, tell=tell,
         )  # fmt: skip
     if as_json:
         print_json(figures)
-        return
-    for name, value in figures.items():
-        if isinstance(value, dict):
-            told = ", ".join(
-                f"{k} {v:,}" if isinstance(v, int | float) else f"{k} {v}" for k, v in value.items()
-            )
-        else:
-            told = f"{value:,}"
-        click.echo(f"{name:28s} {told}" + (f"   [wanted: {WANTED[name]}]" if name in WANTED else ""))
 
 
 @benchmark.command()

@@ -25,6 +25,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cumbre.access.engines.copy_stream import copy_rows
+from cumbre.access.pixels import neighbourhood
 from cumbre.access.planner import make_plan
 from cumbre.access.tables import Tables
 from cumbre.access.user import ANYBODY
@@ -182,14 +184,9 @@ class Bench:
     def bare_copy(self) -> dict[str, float]:
         """What PostgreSQL sends by binary COPY to a reader that looks at nothing: the limit of documents from it."""
         begin, cpu = time.perf_counter(), time.process_time() + self.meter.seconds()
-        with self.db.connection() as link, link.cursor() as cursor:
-            pgconn = link.pgconn
-            del cursor
-            from cumbre.access.engines.copy_stream import copy_rows
-
+        with self.db.connection() as link:
             for _ in copy_rows(link, b"COPY cat.object TO STDOUT (FORMAT binary)"):
                 pass
-            del pgconn
         seconds = time.perf_counter() - begin
         used = time.process_time() + self.meter.seconds() - cpu
         return {
@@ -246,14 +243,11 @@ class Bench:
             used.append(self.meter.seconds() - cpu)
         figures = {"seconds": round(min(times), 3), "cpu_s": round(min(used), 3), "positions": count}
         if schema == "files":
-            figures["bare_s"] = round(self._bare_match(query, upload), 3)
+            figures["bare_s"] = round(self._bare_match(upload), 3)
         return figures | {"bytes": answer["bytes"]}
 
-    def _bare_match(self, query: str, upload: pa.Table) -> float:
+    def _bare_match(self, upload: pa.Table) -> float:
         """The same join on pixels that are computed beforehand."""
-        from cumbre.access.pixels import neighbourhood
-
-        del query
         ra, dec = upload.column("ra").to_numpy(), upload.column("dec").to_numpy()
         pixels = neighbourhood(ra, dec, 14)
         flat = pa.table({"n": np.repeat(np.arange(len(ra)), 9), "pixel": pixels.ravel()})
@@ -354,8 +348,17 @@ def running(work: Path, rows: int, outlines: int) -> Iterator[Bench]:
         server.stop()
 
 
-def run(work: Path, rows: int, *, outlines: int, clients: int, big: int, seconds: float) -> dict[str, Any]:
-    """All figures."""
+def run(
+    work: Path,
+    rows: int,
+    *,
+    outlines: int,
+    clients: int,
+    big: int,
+    seconds: float,
+    tell: Callable[[str, Any], None] = lambda *_: None,
+) -> dict[str, Any]:
+    """All figures; ``tell`` gets each as soon as it is known."""
     begin = time.perf_counter()
     with running(work, rows, outlines) as bench:
         figures: dict[str, Any] = {"rows": rows, "preparation_s": round(time.perf_counter() - begin, 1)}
@@ -386,5 +389,6 @@ def run(work: Path, rows: int, *, outlines: int, clients: int, big: int, seconds
         }
         for name, step in steps.items():
             figures[name] = step()
+            tell(name, figures[name])
         figures["service_mb"] = bench.meter.memory_mb()
     return figures

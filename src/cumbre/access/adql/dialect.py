@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from typing import ClassVar, override
 
-from cumbre.access.pixels import Ranges
+from cumbre.access.pixels import MAX_RANGES, Ranges
 from cumbre.access.tables import Column
 
 
@@ -28,6 +28,8 @@ class Dialect(abc.ABC):
 
     name = ""
     TYPES: ClassVar[dict[str, str]] = {}
+    RANGES: ClassVar[int] = MAX_RANGES
+    """Most ranges of pixels in a condition."""
 
     def type_of(self, column: Column) -> str:
         """SQL type of a column."""
@@ -227,6 +229,9 @@ class DuckDB(Dialect):
         "long": "BIGINT", "float": "FLOAT", "double": "DOUBLE", "char": "VARCHAR", "unicodeChar": "VARCHAR",
         "null": "VARCHAR",
     }  # fmt: skip
+
+    # whole row groups are skipped or read: more ranges cost more to plan than they save
+    RANGES: ClassVar[int] = 6
 
     @override
     def number(self, value: float) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 
 from cumbre.access.adql.dialect import Dialect
 from cumbre.access.adql.values import Box, Circle, Geometry, Point, Polygon, Stored, Value
-from cumbre.access.pixels import Ranges, circle_pixels, polygon_pixels, unit_vectors
+from cumbre.access.pixels import Ranges, circle_pixels, fewer, polygon_pixels, unit_vectors
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,10 +138,11 @@ def bounding_circle(region: Geometry) -> tuple[float, float, float] | None:
     return math.degrees(math.atan2(y, x)), math.degrees(math.asin(max(-1.0, min(1.0, z)))), reach
 
 
-def ranges_sql(pixel: str, ranges: Ranges) -> str:
-    """The pixel is in one of the ranges."""
+def ranges_sql(dialect: Dialect, pixel: str, ranges: Ranges) -> str:
+    """The pixel is in one of the ranges, or of fewer that hold them."""
     if not ranges:
         return "FALSE"
+    ranges = fewer(ranges, dialect.RANGES)
     terms = [f"({pixel} >= {low} AND {pixel} < {high})" for low, high in ranges]
     if len(terms) == 1:
         return terms[0]

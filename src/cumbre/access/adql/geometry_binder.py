@@ -317,7 +317,7 @@ class GeometryBinder(abc.ABC):
         ranges = region_ranges(region) if pixel is not None else None
         if pixel is None or ranges is None:
             return test
-        return f.make(f"({ranges_sql(pixel, ranges)} AND {test.sql})", f.BOOLEAN, test)
+        return f.make(f"({ranges_sql(self.dialect, pixel, ranges)} AND {test.sql})", f.BOOLEAN, test)
 
     def _with_keys(self, stored: Geometry, other: Geometry, test: Value) -> Value:
         """With the index of a column of regions, when it has one and the other region is known."""
@@ -343,7 +343,7 @@ class GeometryBinder(abc.ABC):
                 lon, lat = fixed.lon.constant, fixed.lat.constant
                 if lat is not None and lon is not None and -90 <= lat <= 90:
                     ranges = circle_pixels(lon, lat, radius.constant)
-                    extra += [ranges_sql(pixel, ranges)] if ranges is not None else []
+                    extra += [ranges_sql(self.dialect, pixel, ranges)] if ranges is not None else []
             if not extra and node is not None:
                 match = self.match_pixels(node, one, other, radius)
                 extra += [match] if match else []

@@ -1,0 +1,55 @@
+"""The benchmark of data access runs, every figure is there, and its data are made once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from click.testing import CliRunner
+
+from cumbre.cli.benchmark import benchmark
+from cumbre.site.access_benchmark import running
+
+ROWS = 20_000
+
+
+def run(work: Path) -> dict[str, dict[str, float]]:
+    command = [
+        "access",
+        "--rows",
+        str(ROWS),
+        "--work",
+        str(work),
+        "--clients",
+        "12",
+        "--big",
+        "2",
+        "--seconds",
+        "2",
+        "--json",
+    ]
+    answer = CliRunner().invoke(benchmark, command)
+    assert answer.exit_code == 0, (answer.output, answer.exception)
+    return json.loads(answer.stdout)
+
+
+def test_every_figure_is_there_and_the_data_are_made_once(tmp_path: Path) -> None:
+    figures = run(tmp_path)
+    made = {
+        path.name: path.stat().st_mtime_ns
+        for path in tmp_path.glob("*.*")
+        if path.suffix in (".parquet", ".fits")
+    }
+    assert set(made) == {f"object-{ROWS}.parquet", "MC_O_20261116_000001.fits"}
+    assert {"cone 0.1 deg, pg", "BINARY2 from PostgreSQL", "BINARY2 from Parquet", "scan and aggregate", "match 50k, files",
+            "match 50k, pg", "async count", "cutout 200x200", "outlines of 2,000", "crowd"} <= set(figures)  # fmt: skip
+    # what the bare engines say too: one row in BINARY2 has 79 bytes, four thirds of them in base64
+    for name in ("BINARY2 from PostgreSQL", "BINARY2 from Parquet"):
+        assert 105 < figures[name]["bytes_per_row"] < 107
+    crowd = figures["crowd"]
+    assert crowd["failures"] == 0, crowd["reasons"]
+    assert crowd["small"] > 0
+    assert crowd["big"] > 0
+    with running(tmp_path, ROWS, ROWS // 10) as bench:
+        assert b"20000" in bench.ask("SELECT count(*) FROM files.object", RESPONSEFORMAT="csv")["start"]
+    assert all((tmp_path / name).stat().st_mtime_ns == at for name, at in made.items())
