@@ -56,6 +56,7 @@ VERBS = {
         "Show and renew the certificates of the links.",
     ),
     "token": ("cumbre.cli.token", "token", "Make API tokens and put users into groups."),
+    "hips": ("cumbre.cli.hips", "hips", "Make sky images that viewers pan and zoom."),
     "user": ("cumbre.cli.user", "user", "People with passwords at the built-in provider."),
     "login": ("cumbre.cli.user", "login", "Get a token by logging in with a browser."),
     "command": ("cumbre.cli.command", "command", "Command an entity of the control system."),
