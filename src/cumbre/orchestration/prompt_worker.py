@@ -8,41 +8,37 @@ from __future__ import annotations
 import json
 import logging
 import math
-import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cumbre.core.configuration import Site
 from cumbre.core.errors import (
     ConflictError,
     CumbreError,
     NotFoundError,
     NoWorkFoundError,
-    TransientError,
     UnprocessableDataError,
 )
 from cumbre.core.instrument import Detector, Instrument, load_instrument
 from cumbre.core.time import Clock, mjd_from_seconds
 from cumbre.orchestration.inputs import Field, InputLoader, Inputs, read_index
 from cumbre.orchestration.provenance import write_record
+from cumbre.orchestration.raw_images import local_image
 
 if TYPE_CHECKING:
-    from cumbre.archive.client import ImageClient
     from cumbre.catalogs.level1 import Level1
+    from cumbre.orchestration.known_objects import KnownObjectLoader
     from cumbre.payloads.alert_production import DetectorResult
     from cumbre.payloads.exposure import Exposure
     from cumbre.payloads.raw import RawDetector
+    from cumbre.payloads.solar_system.attribution import KnownObjects
 
 MAX_PREPARED = 24
 """Prepared detectors that a worker remembers; reference stars are small, the rest is shared in the cache."""
-IMAGE_WAIT_S = 30.0
-"""Real seconds for a distributor's answer."""
 INJECTED = "archive/injected"
 """Folder of a site with what became of planted sources, one file a detector image."""
 log = logging.getLogger(__name__)
@@ -63,18 +59,21 @@ def _level1(dsn: str, site: str) -> Level1:
 
 
 @lru_cache(maxsize=4)
-def _distributors(site: str) -> ImageClient:
-    from cumbre.archive.client import ImageClient
+def _known_objects(dsn: str, site: str) -> KnownObjectLoader:
+    from cumbre.orchestration.known_objects import KnownObjectLoader
+    from cumbre.stores.postgres import Database
 
-    return ImageClient(Site.load(Path(site)), "archive")
+    return KnownObjectLoader(Path(site), Database(dsn, application="cumbre prompt worker"))
 
 
 def warm_up(payload: dict[str, Any]) -> dict[str, Any]:
     """Import and compile what the first image would wait for."""
     from cumbre.payloads import alert_production
+    from cumbre.payloads.solar_system import tables
 
     begun = time.monotonic()
     alert_production.warm_up()
+    tables.warm_up()
     if payload.get("site"):
         try:
             _rehearse(Path(payload["site"]))
@@ -142,6 +141,12 @@ def preload(payload: dict[str, Any]) -> dict[str, Any]:
         field.centre_ra, field.centre_dec, field.radius_deg
     )
     inputs.wall_s["history"] = round(time.monotonic() - begun, 4)
+    begun = time.monotonic()
+    begin_tai = visit["start_tai"]
+    _known_objects(payload["dsn"], payload["site"]).near(
+        field.centre_ra, field.centre_dec, field.radius_deg, mjd_from_seconds(begin_tai)
+    )
+    inputs.wall_s["solar_system"] = round(time.monotonic() - begun, 4)
     return {"note": f"{inputs.describe()}, {region['DiaObject'].num_rows} objects", "wall_s": inputs.wall_s}
 
 
@@ -165,8 +170,13 @@ def process(payload: dict[str, Any]) -> dict[str, Any]:
     UnprocessableDataError
         The file or the image cannot be used.
     TransientError
-        Database or file system are away.
+        Database, file system or distributors are away.
     """
+    with local_image(payload) as local:
+        return _process(local)
+
+
+def _process(payload: dict[str, Any]) -> dict[str, Any]:
     begun = time.monotonic()
     image, visit = payload["image"], payload["visit"]
     instrument = load_instrument(payload["instrument"])
@@ -174,7 +184,7 @@ def process(payload: dict[str, Any]) -> dict[str, Any]:
     level1 = _level1(payload["dsn"], payload["site"])
     if level1.is_stored(image["exposure_id"], detector.id):
         return {"message": "stored by an earlier try", "is_repeat": True}
-    raw = _read(payload, instrument, detector)
+    raw = _read(image, instrument, detector)
     if raw.metadata.image_type.lower() not in ("", "science", "object"):
         raise NoWorkFoundError(f"{image['obs_id']} is a {raw.metadata.image_type} exposure")
     if not (_is_number(raw.metadata.ra_deg) and _is_number(raw.metadata.dec_deg)):
@@ -207,6 +217,7 @@ def process(payload: dict[str, Any]) -> dict[str, Any]:
                 dia_sources=made.dia_sources,
                 dia_objects=made.dia_objects,
                 forced=made.forced,
+                ss_sources=made.ss_sources,
                 packets=packets,
                 rejected=rejected,
             )
@@ -257,7 +268,8 @@ def correct(payload: dict[str, Any]) -> dict[str, Any]:
     begun = time.monotonic()
     instrument = load_instrument(payload["instrument"])
     detector = instrument.detector(payload["image"]["detector"])
-    raw = _read(payload, instrument, detector)
+    with local_image(payload) as local:
+        raw = _read(local["image"], instrument, detector)
     work, notes = payload["work"], [f"ISR only ({payload['work']['mode'] or 'no mode'})"]
     calibrations = Calibrations()
     if work["corrections"]:
@@ -271,7 +283,7 @@ def correct(payload: dict[str, Any]) -> dict[str, Any]:
     if work["psf"]:
         try:
             quality |= _psf_numbers(exposure, instrument, detector)
-        except NoWorkFoundError as error:
+        except UnprocessableDataError as error:
             notes.append(f"no PSF: {error}")
     wall = time.monotonic() - begun
     return {"message": "; ".join(notes), "quality": _quality(quality, raw.metadata.band, wall)}
@@ -295,8 +307,8 @@ def _psf_numbers(exposure: Exposure, instrument: Instrument, detector: Detector)
 
     Raises
     ------
-    NoWorkFoundError
-        No stars.
+    UnprocessableDataError
+        No stars, or none that could be used.
     """
     from cumbre.payloads.calibrate import calibrate
 
@@ -333,6 +345,10 @@ def _produce(
         held.enter_context(level1.exclusive(*circle))
         return dict(level1.load_region(*circle))
 
+    def solar_system(mjd_tai: float) -> KnownObjects | None:
+        loader = _known_objects(payload["dsn"], payload["site"])
+        return loader.near(field.centre_ra, field.centre_dec, field.radius_deg, mjd_tai)
+
     made = produce(
         raw,
         inputs.calibrations,
@@ -345,6 +361,7 @@ def _produce(
         inject=InjectionConfig()
         if is_chosen(raw.metadata.exposure_id, float(payload.get("injection_fraction", 0.0)))
         else None,
+        solar_system=solar_system,
     )
     trusted = [item for item in made.alerts if (item["diaSource"]["reliability"] or 0.0) >= least]
     return made, [(item["diaSourceId"], packet_bytes(item)) for item in trusted]
@@ -372,51 +389,19 @@ def _quality(measured: dict[str, Any], band: str, wall_s: float) -> dict[str, An
     return out
 
 
-def _read(payload: dict[str, Any], instrument: Instrument, detector: Detector) -> RawDetector:
+def _read(image: dict[str, Any], instrument: Instrument, detector: Detector) -> RawDetector:
     from cumbre.payloads.raw import read_raw
 
-    image = payload["image"]
-    with _file(payload, instrument) as path:
-        try:
-            raw = read_raw(path, instrument)
-        except NotFoundError as error:
-            raise UnprocessableDataError(f"{error}; the archive said it had it") from error
+    try:
+        raw = read_raw(image["path"], instrument)
+    except NotFoundError as error:
+        raise UnprocessableDataError(f"{error}; the archive said it had it") from error
     if raw.detector.id != detector.id or raw.metadata.obs_id != image["obs_id"]:
         raise UnprocessableDataError(
-            f"{path}: holds {raw.metadata.obs_id} {raw.detector.name}, "
+            f"{image['path']}: holds {raw.metadata.obs_id} {raw.detector.name}, "
             f"expected {image['obs_id']} {detector.name}"
         )
     return raw
-
-
-@contextmanager
-def _file(payload: dict[str, Any], instrument: Instrument) -> Iterator[Path]:
-    """Give the raw file: from the archive's raw cache, or from one of its distributors.
-
-    A distributor that does not answer is no reason to wait where the raw cache can be read.
-    """
-    image = payload["image"]
-    cached = Path(image["path"])
-    if payload.get("images", "path") != "distributor":
-        yield cached
-        return
-    with tempfile.TemporaryDirectory(prefix="cumbre-image-") as folder:
-        try:
-            received = _distributors(payload["site"]).get(
-                instrument.name,
-                image["obs_id"],
-                image["detector_name"],
-                folder=Path(folder),
-                wait_s=IMAGE_WAIT_S,
-            )
-        except TransientError as error:
-            if not cached.is_file():
-                raise
-            log.warning("%s; read from the raw cache instead", error)
-            yield cached
-            return
-        log.info("%s from a distributor with %d words of telemetry", received.key, len(received.telemetry))
-        yield received.path
 
 
 def _inputs(
