@@ -104,7 +104,9 @@ def with_systematic(truth: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     return {**truth, "snr_total": np.abs(truth["delta_flux_e"]) / np.maximum(total, 1e-9)}
 
 
-def run_case(case: Case, *, keep_stamps: bool = False, reliable: float = 0.5) -> Record:
+def run_case(
+    case: Case, *, keep_stamps: bool = False, reliable: float = 0.5, classifier: str = "network"
+) -> Record:
     """Process one image as the night does, and label every source by the truth.
 
     Parameters
@@ -113,6 +115,8 @@ def run_case(case: Case, *, keep_stamps: bool = False, reliable: float = 0.5) ->
         Keep difference, science and template stamps (n, 3, 31, 31) of every source.
     reliable
         Reliability from which a source is published.
+    classifier
+        As ``DifferenceConfig.classifier``.
     """
     from cumbre.payloads.alert_production import produce
     from cumbre.payloads.difference import DifferenceConfig
@@ -121,7 +125,8 @@ def run_case(case: Case, *, keep_stamps: bool = False, reliable: float = 0.5) ->
     begun = time.process_time()
     made = produce(
         case.raw, case.calibrations, case.template, case.reference, instrument=case.instrument,
-        config=DifferenceConfig(reliable=reliable), processed_mjd_tai=float(case.request.mid_tai / 86400 + 40587),
+        config=DifferenceConfig(reliable=reliable, classifier=classifier),
+        processed_mjd_tai=float(case.request.mid_tai / 86400 + 40587),
     )  # fmt: skip
     seconds = time.process_time() - begun
     truth, sources = with_systematic(case.truth), made.result.sources
