@@ -120,7 +120,10 @@ class Relay:
             self.orders = Orders(link_name(self.source, self.target), pair, bus, clock)
             recovered = self.orders.recover(self.watched_hop, self.source)
             topics.append(JOB_TOPIC)
-        self._subscription = bus.subscribe(topics, start="earliest", consumer=f"{self.name}-hops")
+        self._subscription = bus.subscribe(
+            topics, start="earliest", consumer=f"{self.name}-hops",
+            only={HOP_TOPIC: {"hop": self.watched_hop, "place": self.source}},
+        )  # fmt: skip
         self.watch = LinkWatch(
             site=site, bus=bus, source=self.source, target=self.target, pair=pair, name=self.name,
             queued=lambda: len(self.buffer), stores=self._test_stores, changed=self._wake_up,

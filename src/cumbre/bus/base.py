@@ -21,6 +21,7 @@ from cumbre.core.errors import DeadlineError, UserError
 from cumbre.core.time import Clock, utc_from_tai
 
 Start = Literal["latest", "now", "earliest"] | int
+Only = Mapping[str, Mapping[str, str]]
 MAX_SEQ_NUM = 2**31 - 1
 log = logging.getLogger(__name__)
 
@@ -138,7 +139,12 @@ class Bus(ABC):
 
     @abstractmethod
     def subscribe(
-        self, topics: Iterable[str], start: Start = "latest", consumer: str | None = None
+        self,
+        topics: Iterable[str],
+        start: Start = "latest",
+        consumer: str | None = None,
+        *,
+        only: Only | None = None,
     ) -> Subscription:
         """Start to read some topics.
 
@@ -150,6 +156,9 @@ class Bus(ABC):
         consumer
             A name makes the place in the log durable: reading goes on after what this name last committed,
             and ``start`` counts only the first time.
+        only
+            For some topics, fields of type string and the values that are wanted. A bus may spare the reader all other
+            messages of these topics, but need not: look all the same.
         """
 
     @abstractmethod

@@ -23,7 +23,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, Topi
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from cumbre.bus import avro
-from cumbre.bus.base import Bus, Outgoing, Start, Subscription
+from cumbre.bus.base import Bus, Only, Outgoing, Start, Subscription
 from cumbre.bus.messages import Message
 from cumbre.bus.schemas import SCHEMA_TOPIC, RegistrySchemas, Schemas, TopicSchemas
 from cumbre.bus.topics import Topic, TopicCatalog
@@ -382,7 +382,12 @@ class KafkaBus(Bus):
             return self._last_values(reader, known)
 
     def subscribe(
-        self, topics: Iterable[str], start: Start = "latest", consumer: str | None = None
+        self,
+        topics: Iterable[str],
+        start: Start = "latest",
+        consumer: str | None = None,
+        *,
+        only: Only | None = None,  # noqa: ARG002 - brokers do not look into messages
     ) -> Subscription:
         """Start to read; see :meth:`Bus.subscribe`. A number means that offset in every topic."""
         if not isinstance(start, int) and start not in ("latest", "now", "earliest"):
