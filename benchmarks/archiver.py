@@ -164,6 +164,23 @@ def whole_way(root: Path, *, secure: bool, images: int, size: int, paced: int) -
     }  # fmt: skip
 
 
+def cpu_by_number(root: Path, images: int) -> list[dict[str, Any]]:
+    """CPU of the services for each file, small ones in three rounds: it must not grow with what is there."""
+    site = make_site(root, secure=True)
+    out, done = [], 0
+    with open_site_bus(site, "benchmark") as bus, services(site) as processes:
+        wait_registered(bus)
+        for _ in range(3):
+            hops = make_images(site, images // 3, 20_000, done + 1)
+            before = cpu_s(processes)
+            offset = bus.publish_many([("Image.hop", hop) for hop in hops])[0]
+            wait_arrived(bus, len(hops), offset)
+            used_s = cpu_s(processes) - before
+            done += images // 3
+            out.append({"files_there": done * 4, "cpu_ms_per_file": round(used_s / len(hops) * 1e3, 2)})
+    return out
+
+
 def pace(site: Site, bus: Bus, images: int, size: int, done: int) -> list[float]:
     """Real seconds from the writer's word to the verified copy at the archive, one image a second."""
     lags = []
@@ -271,12 +288,44 @@ def ledger_cost(site_root: Path, folder: Path) -> dict[str, Any]:
     }
 
 
+def table(out: dict[str, Any]) -> None:
+    """For people: ours, the limit beside it, and the ratio."""
+    limit = out["limit_copy_hash_sync"]
+    print(f"{out['files']} files of {out['file_mb']:g} MB, {out['cores']} cores, load {out['load']}")
+    print(f"{'':34}{'ours':>10}{'limit':>10}{'ratio':>8}")
+    for name in ("tls", "plain"):
+        whole, hop = out[f"whole_way_{name}"], out[f"one_hop_{name}"]
+        rows = [
+            ("whole way, MB/s", whole["mb_per_s"], limit["mb_per_s"] / 2, out[f"part_of_limit_{name}"]),
+            ("whole way, CPU s/GB", whole["cpu_s_per_gb"], 2 * limit["cpu_s_per_gb"], out[f"part_of_limit_cpu_{name}"]),
+            ("one hop, MB/s", hop["mb_per_s"], limit["mb_per_s"], hop["mb_per_s"] / limit["mb_per_s"]),
+            ("one hop, CPU s/GB", hop["cpu_s_per_gb"], limit["cpu_s_per_gb"], limit["cpu_s_per_gb"] / hop["cpu_s_per_gb"]),
+        ]  # fmt: skip
+        for label, ours, most, ratio in rows:
+            print(f"{f'{label} ({name})':34}{ours:10.2f}{most:10.2f}{ratio:8.2f}")
+    if lags := out["whole_way_tls"]["written_to_archive_s"]:
+        print(f"written -> verified copy at the archive: {lags['p50']:.2f} s p50, {lags['p98']:.2f} s p98, "
+              f"{lags['n']} files, an image a second")  # fmt: skip
+    grown = out["cpu_by_number"]
+    print("CPU ms a file of all services, by the number of files there: "
+          + ", ".join(f"{one['files_there']} {one['cpu_ms_per_file']:.1f}" for one in grown))  # fmt: skip
+    cost = out["ledger_and_events"]
+    print(
+        f"ledger: {cost['cpu_ms_per_image']} ms CPU, {cost['bus_bytes_per_image']} bytes of the bus an image"
+    )
+    for kind, made in out["compression"].items():
+        print(
+            f"zstd on {kind} images: {made['part']:.0%} of {made['mb']} MB, {made['cpu_s_per_gb']} CPU s/GB"
+        )
+
+
 def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--images", type=int, default=12, help="images of four files")
     parser.add_argument("--mb", type=float, default=8.0, help="size of a file")
     parser.add_argument("--paced", type=int, default=10, help="images at one a second")
+    parser.add_argument("--many", type=int, default=300, help="images of the look at growing cost")
     parser.add_argument("--folder", type=Path, help="where to work (a disk to be measured)")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -300,6 +349,7 @@ def main() -> None:
             out[f"part_of_limit_cpu_{name}"] = round(
                 2 * out["limit_copy_hash_sync"]["cpu_s_per_gb"] / out[f"whole_way_{name}"]["cpu_s_per_gb"], 3
             )
+        out["cpu_by_number"] = cpu_by_number(root / "many", options.many)
         out["ledger_and_events"] = ledger_cost(root / "tls", root)
         out["compression"] = compression(root)
     finally:
@@ -307,8 +357,7 @@ def main() -> None:
     if options.json:
         print(json.dumps(out))
         return
-    for key, value in out.items():
-        print(f"{key:24} {value}")
+    table(out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Catch-up rate against the rate at which the camera takes images.
 
-    python benchmarks/catch_up.py [--images 12] [--instrument democam] [--mb 3] [--json FILE]
+    python benchmarks/catch_up.py [--images 12] [--instrument democam] [--mb 3] [--json]
 
 A real ledger, a real distributor in a process of its own and the Catch-Up Archiver, over loopback: images that
 nobody has sent are found, verified, sent, verified and told. The machine's own limit, one copy with checksum
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=12)
     parser.add_argument("--instrument", default="democam")
     parser.add_argument("--mb", type=float, default=3.0, help="size of one detector's file")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     camera, size = load_instrument(arguments.instrument), int(arguments.mb * 1e6)
     with tempfile.TemporaryDirectory(prefix="cumbre-") as name:
@@ -154,9 +154,19 @@ def main() -> None:
         else summary["expected"] - summary["at_base"],
         "resent": summary["resent"],
     }
-    print(json.dumps(result, indent=2))
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        print(json.dumps(result))
+        return
+    taking = image_bytes / VISIT_S / 1e6
+    print(f"{len(paths)} files of {size / 1e6:g} MB ({arguments.images} images of {camera.name}), "
+          f"{os.cpu_count()} cores, load {result['load']}")  # fmt: skip
+    print(f"{'':34}{'ours':>10}{'limit':>10}{'ratio':>8}")
+    print(f"{'catch-up against copy + hash, MB/s':34}{rate / 1e6:10.1f}{total / limit_s / 1e6:10.1f}"
+          f"{result['ratio_to_limit']:8.2f}")  # fmt: skip
+    print(f"{'against the taking rate, MB/s':34}{rate / 1e6:10.1f}{taking:10.1f}{result['times_taking_rate']:8.1f}"
+          f"   (an image each {VISIT_S:g} s; wanted: 4)")  # fmt: skip
+    print(f"sender {cpu_s:.2f} CPU s, missing afterwards {result['missing_after']}, marked as resent {result['resent']}; "
+          f"{result['machines_for_4x_lsstcam']} such machines for 4 x LSSTCam")  # fmt: skip
 
 
 if __name__ == "__main__":
