@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cumbre.core.errors import NoWorkFoundError, UnprocessableDataError
+from cumbre.core.errors import NoWorkFoundError, TransientError, UnprocessableDataError
+from cumbre.core.ids import ObsId, image_key
 from cumbre.orchestration import inputs, prompt_worker
-from support.prompt_world import AMPLIFIER, PLANTED_E, make_payload, make_site, make_template
+from cumbre.orchestration.prompt_state import Work
+from support.prompt_world import AMPLIFIER, NIGHT, PLANTED_E, frame, make_payload, make_site, make_template
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +90,85 @@ def test_wrong_announcement_is_not_believed(payload):
     prompt_worker.preload(payload | {"visit": wrong})
     done = prompt_worker.process(payload | {"visit": wrong})
     assert done["preload"]["is_late"] is True
+
+
+def test_late_work_stores_its_sources_and_keeps_its_alerts_when_told_so(payload, database):
+    done = prompt_worker.process(payload | {"missed": "Dropped", "publish_alerts": False})
+    assert done["n_alerts"] == 0 < done["n_sources"]
+    (row,) = database.query("SELECT n_sources, n_alerts, rejected FROM level1.visit_detector")
+    assert (row["n_sources"], row["n_alerts"]) == (done["n_sources"], 0)
+    assert row["rejected"]["late"] >= 1
+    assert database.query("SELECT count(*) AS n FROM level1.alert_outbox")[0]["n"] == 0
+
+
+def _reduced(payload, site, obs_id, image_type, **work):
+    path, _ = frame(site, obs_id, NIGHT + 120, image_type=image_type)
+    image = payload["image"] | {
+        "obs_id": obs_id,
+        "exposure_id": int(obs_id[5:13] + obs_id[14:].zfill(5)[-5:]),
+    }
+    work = Work(kind="isr", mode="raw_calibration", **work)
+    return prompt_worker.correct(
+        payload | {"image": image | {"path": str(path)}, "visit": None, "work": asdict(work)}
+    )
+
+
+def test_a_bias_is_assembled_and_measured_and_nothing_is_stored(payload, site, database):
+    done = _reduced(payload, site, "XC_O_20261120_000011", "BIAS", corrections=(), psf=False)
+    # what is left of a bias is the noise of its amplifiers
+    noise = np.median(
+        [
+            amplifier.read_noise
+            for amplifier in prompt_worker.load_instrument("democam").detector(0).amplifiers
+        ]
+    )
+    assert done["quality"]["skyNoise"] == pytest.approx(noise, rel=0.15)
+    assert abs(done["quality"]["skyLevel"]) < noise
+    assert done["quality"]["maskedFraction"] < 0.05
+    assert "seeing" not in done["quality"]
+    assert "ISR only (raw_calibration)" in done["message"]
+    assert not database.query("SELECT 1 FROM information_schema.tables WHERE table_schema = 'level1'")
+
+
+def test_the_psf_is_measured_where_there_are_stars(payload, site):
+    sky = _reduced(payload, site, "XC_O_20261120_000012", "OBJECT")
+    assert 0.4 < sky["quality"]["seeing"] < 3.0
+    assert sky["quality"]["nStars"] >= 3
+    dark = _reduced(payload, site, "XC_O_20261120_000013", "DARK")
+    assert "seeing" not in dark["quality"] or dark["quality"]["nStars"] < sky["quality"]["nStars"]
+
+
+def test_a_worker_asks_a_distributor_and_reads_the_cache_when_none_answers(payload, site, tmp_path):
+    from cumbre.archive.distributor import Distributor
+    from cumbre.core.time import Clock
+    from cumbre.site.roles import open_site_bus
+
+    image = payload["image"]
+    own = Path(image["path"])
+    Clock.starting_at(NIGHT + 200, rate=1.0).save(site.clock_path)
+    bus = open_site_bus(site, "archive-1")
+    distributor = Distributor(site=site, bus=bus, clock=bus.clock, place="archive")
+    kept = site.path("archive/raw") / image_key(
+        image["instrument"], ObsId.parse(image["obs_id"]), image["detector_name"]
+    )
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(own.read_bytes())
+    stop = threading.Event()
+
+    def serve():
+        while not stop.is_set():
+            distributor.step(0.05)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    asked = payload | {"images": "distributor", "image": image | {"path": str(tmp_path / "not-mounted.fits")}}
+    try:
+        assert prompt_worker.process(asked)["n_alerts"] >= 1
+    finally:
+        stop.set()
+        thread.join()
+        distributor.close()
+    with pytest.raises(TransientError):
+        prompt_worker.correct(asked | {"work": asdict(Work(kind="isr"))})
+    found = prompt_worker.correct(asked | {"work": asdict(Work(kind="isr")), "image": image})
+    assert found["quality"]["nStars"] > 0

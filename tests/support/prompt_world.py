@@ -37,7 +37,10 @@ def make_site(root: Path) -> Site:
     return made
 
 
-def frame(site: Site, obs_id: str, begin_tai: float, *, planted: tuple[int, int] | None = None):
+def frame(
+    site: Site, obs_id: str, begin_tai: float, *, planted: tuple[int, int] | None = None,
+    image_type: str = "OBJECT",
+):  # fmt: skip
     """One raw file of detector 0, taken as the camera and the writer do."""
     from cumbre.capture.daq import DaqImage
     from cumbre.capture.primary import completed_header, primary_cards
@@ -50,7 +53,7 @@ def frame(site: Site, obs_id: str, begin_tai: float, *, planted: tuple[int, int]
     sky = Sky.load(site.root / "simulator")
     tile = sky.tiles[0]
     request = ExposureRequest(
-        obs_id=obs_id, image_type="OBJECT", exposure_s=30.0, filter="r_demo", ra=tile.ra, dec=tile.dec,
+        obs_id=obs_id, image_type=image_type, exposure_s=30.0, filter="r_demo", ra=tile.ra, dec=tile.dec,
         rotpa=0.0, begin_tai=begin_tai, group_id=GROUP,
     )  # fmt: skip
     array = render(CAMERA, DETECTOR, request, sky, 1)
@@ -62,7 +65,7 @@ def frame(site: Site, obs_id: str, begin_tai: float, *, planted: tuple[int, int]
         cut = array[0, row - 12 : row + 13, column - 12 : column + 13]
         cut[...] = np.minimum(cut + star, 65535).astype(np.uint16)
     info = {
-        "obs_id": obs_id, "instrument": CAMERA.name, "detectors": [DETECTOR.name], "image_type": "OBJECT",
+        "obs_id": obs_id, "instrument": CAMERA.name, "detectors": [DETECTOR.name], "image_type": image_type,
         "exposure_s": 30.0, "dark_s": 30.0, "filter": "r_demo", "band": "r", "begin_tai": begin_tai,
         "end_tai": begin_tai + 30.0, "ra": tile.ra, "dec": tile.dec, "rotation": 0.0, "group_id": GROUP,
     }  # fmt: skip
