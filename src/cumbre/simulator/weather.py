@@ -150,7 +150,7 @@ class Weather:
         o = self.observatory
         hour = (tai_s / 3600.0 + o.longitude_deg / 15.0) % 24.0
         temperature = 11.0 - o.elevation_m * 0.0015 + 3.5 * np.cos(2 * np.pi * (hour - 15.0) / 24.0)
-        zenith_ra = sidereal_deg(tai_s, o.longitude_deg)
+        zenith_ra = float(sidereal_deg(tai_s, o.longitude_deg))
         return Conditions(
             seeing_arcsec=self.seeing_arcsec(tai_s),
             transparency=self.transparency(tai_s),
