@@ -94,9 +94,9 @@ def test_saturated_stars_reach_as_far_as_they_are_large():
     mask[80, 80] = 2
     reach = detect.SaturationReach(mask, 2, 2.0)
     near, edge, far, single = reach(np.array([45, 54, 70, 81]), np.array([45, 45, 45, 80]))
-    assert near == pytest.approx(0.3)
+    assert near == pytest.approx(0.25)
     # 5 pixels from a core of 100 pixels, whose halo reaches sqrt(100/pi) + 5
-    assert edge == pytest.approx(0.3 * (1 - 5 / (np.sqrt(100 / np.pi) + 5)))
+    assert edge == pytest.approx(0.25 * (1 - 5 / (np.sqrt(100 / np.pi) + 5)))
     assert far == 0
     assert single == 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -177,7 +178,7 @@ def make_template(
     return result
 
 
-def _light_near(images: NDArray[np.float32], used: Sequence[Exposure]) -> NDArray[np.float32]:
+def _light_near(images: NDArray[Any], used: Sequence[Exposure]) -> NDArray[np.float32]:
     """How far the images may differ where there are stars: the median of their brightest values nearby.
 
     A part of the pixel's own light would not do: in the wings of a star two images of different seeing differ by

@@ -16,6 +16,7 @@ from cumbre.payloads.kernels.detect import GridPsf
 from cumbre.payloads.kernels.difference import Subtraction, subtract
 from cumbre.payloads.kernels.extract import extract
 from cumbre.payloads.kernels.kernel_match import KernelSolution, fit_kernel, gaussian_basis, select_stamps
+from cumbre.payloads.kernels.photometry import forced_psf_photometry
 from cumbre.payloads.kernels.planes import robust_rms
 from cumbre.payloads.kernels.psf import PsfModel, fit_psf, gaussian_psf, select_psf_stars, windowed_centroid
 
@@ -27,6 +28,9 @@ MOST_STARS = 4000
 """Brightest stars that take part in the matching of two images."""
 INEXACT_MATCH = 0.1
 """Part of a star's flux that may be left where the template is SUSPECT: its PSF is not the one that was matched."""
+MIN_RESIDUAL_STARS = 8
+USUAL_RESIDUAL = 0.02
+"""Part of a star's flux that matching leaves, where too few stars tell."""
 SHARPER = 0.88
 """Ratio of widths below which the science image is convolved: its noise spoils the kernel, the template's hardly."""
 
@@ -351,7 +355,8 @@ def difference(science: Exposure, template: Exposure, config: DifferenceConfig |
     )  # fmt: skip
     half = int(np.clip(np.ceil(2.5 * fixed_psf.fwhm_px), 7, 20))
     psf = GridPsf(fixed_psf.centred, result.phi, half=half)
-    error, residual = _match_error(image, variance, mask, science, science_stars, common)
+    error = _match_error(image, mask, science, science_stars, common)
+    residual = _match_residual(exposure, science, fixed_psf, science_stars, common)
     zero_point_err = science.zero_point_err if np.isfinite(science.zero_point_err) else 0.0
     metrics = {f"kernel_{k}": v for k, v in solution.metrics.items()}
     metrics |= {
@@ -473,39 +478,43 @@ def _subtract_residual_background(image: FloatImage, bad: NDArray[np.bool_]) -> 
 
 
 def _match_error(
-    image: FloatImage,
-    variance: FloatImage,
-    mask: NDArray[np.uint16],
-    science: Exposure,
-    stars: Stars,
-    common: NDArray[np.intp],
-) -> tuple[float, float]:
-    """What matching leaves of a star, from bright common stars.
-
-    Returns
-    -------
-    error
-        Robust \\|difference\\| / flux with all its noise, never below a hundredth: what to expect of any bright star.
-    residual
-        The same without the noise: what to add to the error of a flux measured on a star.
-    """
+    image: FloatImage, mask: NDArray[np.uint16], science: Exposure, stars: Stars, common: NDArray[np.intp]
+) -> float:
+    """Robust |difference| / flux of bright common stars: what to expect of any bright star, all noise included."""
     bright = common[stars.snr[common] > 50]
     if len(bright) < 5:
-        return 0.05, 0.02
+        return 0.05
     radius = 3.0
-    left, noise, _ = sep.sum_circle(
-        np.ascontiguousarray(image), stars.x[bright], stars.y[bright], radius, var=variance
-    )
+    left, _, _ = sep.sum_circle(np.ascontiguousarray(image), stars.x[bright], stars.y[bright], radius)
     whole, _, _ = sep.sum_circle(
         np.ascontiguousarray(science.image), stars.x[bright], stars.y[bright], radius
     )
     xi, yi = np.round(stars.x[bright]).astype(int), np.round(stars.y[bright]).astype(int)
     good = ((mask[yi, xi] & UNUSABLE) == 0) & (whole > 0)
     if good.sum() < 5:
-        return 0.05, 0.02
+        return 0.05
     # A few stars were all used in the fit: what they leave is less than what others will.
     least = 0.01 if good.sum() >= 20 else 0.04
-    part, noise = np.abs(left[good] / whole[good]), noise[good] / whole[good]
-    error = 1.4826 * float(np.median(part))
-    residual = float(np.sqrt(max(error**2 - float(np.median(noise)) ** 2, 0.0)))
-    return float(np.clip(error, least, 0.1)), float(np.clip(residual, 0.003, 0.1))
+    return float(np.clip(1.4826 * np.median(np.abs(left[good] / whole[good])), least, 0.1))
+
+
+def _match_residual(
+    made: Exposure, science: Exposure, psf: PsfModel, stars: Stars, common: NDArray[np.intp]
+) -> float:
+    """Part of a star's PSF flux that matching leaves, beyond the noise: it adds to the error of a flux on a star."""
+    bright = common[stars.snr[common] > 50][:300]
+    if len(bright) < MIN_RESIDUAL_STARS:
+        return USUAL_RESIDUAL
+    left, whole = (
+        forced_psf_photometry(
+            plane.image, plane.variance, plane.mask, psf, stars.x[bright], stars.y[bright], bad_bits=UNUSABLE
+        )
+        for plane in (made, science)
+    )
+    with np.errstate(invalid="ignore", divide="ignore"):
+        part, noise = left.flux / whole.flux, left.flux_err / whole.flux
+    good = np.isfinite(part) & (whole.flux > 0) & (np.abs(part) < 0.3)
+    if good.sum() < MIN_RESIDUAL_STARS:
+        return USUAL_RESIDUAL
+    square = (1.4826 * float(np.median(np.abs(part[good])))) ** 2 - float(np.median(noise[good])) ** 2
+    return float(np.sqrt(np.clip(square, 0.003**2, 0.1**2)))

@@ -13,7 +13,8 @@ from cumbre.core.instrument import Detector, Instrument
 from cumbre.simulator.catalogue import FIRST_ID, Table, write_table
 from cumbre.simulator.chip import chip
 from cumbre.simulator.exposure import ExposureRequest
-from cumbre.simulator.sky import ASTEROID, KIND_NAMES, SUPERNOVA, VARIABLE, Sky, band_magnitude
+from cumbre.simulator.profiles import PIXEL_VARIANCE, Psf, moffat
+from cumbre.simulator.sky import ASTEROID, KIND_NAMES, STAR, SUPERNOVA, VARIABLE, Sky, Sources, band_magnitude
 
 EDGE_PX = 8.0
 
@@ -89,6 +90,20 @@ def _throughput(instrument: Instrument, exposure: ExposureRequest, sky: Sky) -> 
     return sky.weather.throughput(exposure.mid_tai, instrument.filter(exposure.filter).band, air)
 
 
+def _light_of_others(
+    psf: Psf, x: NDArray[np.float64], y: NDArray[np.float64], sources: Sources, full: float
+) -> NDArray[np.float64]:
+    """Electrons that stars bright enough to saturate put into the pixel at each place, other than a source at it."""
+    bright = (sources.kind == STAR) & (sources.flux_e * psf.peak_fraction() > 0.5 * full)
+    r2 = (x[:, None] - sources.x[bright]) ** 2 + (y[:, None] - sources.y[bright]) ** 2
+    weights, variances = moffat()
+    profile = np.zeros_like(r2)
+    for weight, variance in zip(weights, variances, strict=True):
+        total = variance * psf.fwhm_px**2 + PIXEL_VARIANCE
+        profile += weight / (2 * np.pi * total) * np.exp(-r2 / (2 * total))
+    return np.asarray((profile * sources.flux_e[bright]).sum(axis=1))
+
+
 def detector_truth(
     instrument: Instrument, detector: Detector, exposure: ExposureRequest, sky: Sky, seed: int
 ) -> dict[str, NDArray[Any]]:
@@ -144,12 +159,16 @@ def detector_truth(
     template_variance = pixels * templates.variance
     full = float(fixed.full_well_e.min())
     inside = (x > EDGE_PX) & (x < detector.nx - 1 - EDGE_PX) & (y > EDGE_PX) & (y < detector.ny - 1 - EDGE_PX)
-    saturated = signal * light.psf.peak_fraction() + background > 0.95 * full
+    # a change on a star that saturates there can not be measured any more than the star itself
+    others = _light_of_others(light.psf, x, y, s, full)
+    saturated = signal * light.psf.peak_fraction() + background + others > 0.95 * full
     for visit, there in zip(templates.visits, before, strict=False):
-        part = sky.psf(instrument, detector, visit).peak_fraction()
+        psf = sky.psf(instrument, detector, visit)
+        part = psf.peak_fraction()
         scale = _throughput(instrument, visit, sky) / _throughput(instrument, exposure, sky)
         level = sky.background_e(instrument, detector, visit) * response
-        saturated |= scale * there * response * part + level > 0.95 * full
+        others = scale * _light_of_others(psf, x, y, s, full)
+        saturated |= scale * there * response * part + level + others > 0.95 * full
     return {
         "id": ids,
         "kind": np.array([KIND_NAMES[k] for k in kind], dtype=object),

@@ -364,11 +364,11 @@ class SaturationReach:
         self._tree = cKDTree(np.stack([x, y], axis=1)) if large.any() else None
 
     def __call__(self, x: NDArray[Any], y: NDArray[Any]) -> NDArray[np.float64]:
-        """0…0.3 at each place: 0.3 on a saturated pixel, 0 beyond the reach of the nearest one."""
+        """0…0.25 at each place: 0.25 on a saturated pixel, 0 beyond the reach of the nearest one."""
         if self._tree is None or len(x) == 0:
             return np.zeros(len(x))
         distance, nearest = self._tree.query(np.stack([x, y], axis=1))
-        return np.asarray(0.3 * np.clip(1.0 - distance / self._reach[nearest], 0, 1))
+        return np.asarray(0.25 * np.clip(1.0 - distance / self._reach[nearest], 0, 1))
 
 
 @njit(cache=True)
