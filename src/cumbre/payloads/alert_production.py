@@ -26,6 +26,7 @@ from cumbre.payloads.kernels.photometry import forced_psf_photometry
 from cumbre.payloads.kernels.planes import has_no_variance
 from cumbre.payloads.kernels.psf import PsfModel
 from cumbre.payloads.kernels.warp import warp_between
+from cumbre.payloads.plausibility import ELONGATED, check_same_sky, ellipticity
 from cumbre.payloads.processing import DifferenceResult, process_pair
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ def produce(
     NoWorkFoundError
         No template coverage, or too few stars.
     UnprocessableDataError
-        The image cannot be used.
+        The image cannot be used, or it does not show the template's sky.
     """
     config = config or DifferenceConfig()
     wall: dict[str, float] = {}
@@ -173,6 +174,9 @@ def produce(
         exposure, fakes = _with_fakes(exposure, inject)
     begun = _lap(wall, "calibrate", begun)
     result = process_pair(exposure, warp_template(template, exposure), config)
+    changed_part = check_same_sky(exposure, result.exposure, difference_psf(result))
+    if changed_part is not None:
+        result.metrics["changed_stars"] = changed_part
     begun = _lap(wall, "difference", begun)
     processed = mjd_from_seconds(Clock.real().now_tai_s()) if processed_mjd_tai is None else processed_mjd_tai
     context = _context(exposure, processed, result.reliability_version)
@@ -204,7 +208,7 @@ def produce(
         result,
         wall,
         None if fakes is None else _injected(fakes, result, config.reliable),
-        _warnings(result, config),
+        _warnings(exposure, result, config),
         [row for row, _ in moving.values()],
     )
 
@@ -228,13 +232,19 @@ def _moving(
     return {row["diaSourceId"]: (row, orbits.get(row["ssObjectId"])) for row in rows}
 
 
-def _warnings(result: DifferenceResult, config: DifferenceConfig) -> list[str]:
+def _warnings(exposure: Exposure, result: DifferenceResult, config: DifferenceConfig) -> list[str]:
     """What an operator should know about a result that is not whole."""
+    told = []
     peaks = int(result.metrics["n_peaks"])
-    if peaks <= config.max_sources:
-        return []
-    text = f"{peaks} detections, only the {config.max_sources} most significant were measured"
-    return [f"{text}: the subtraction failed, or the field is full of artefacts"]
+    if peaks > config.max_sources:
+        text = f"{peaks} detections, only the {config.max_sources} most significant were measured"
+        told.append(f"{text}: the subtraction failed, or the field is full of artefacts")
+    given, used = exposure.metadata.get("n_snaps_given", 1), exposure.metadata.get("n_snaps", 1)
+    if given > used:
+        told.append(f"{given} exposures that do not show the same sky: only the first was used")
+    if isinstance(exposure.psf, PsfModel) and (shape := ellipticity(exposure.psf)) > ELONGATED:
+        told.append(f"stars are elongated (ellipticity {shape:.2f}): the telescope did not follow the sky")
+    return told
 
 
 def _with_fakes(exposure: Exposure, inject: InjectionConfig) -> tuple[Exposure, NDArray[np.void]]:
@@ -572,6 +582,7 @@ def _quality(exposure: Exposure, result: DifferenceResult, context: SourceContex
         "astrometricRms": metrics.get("astrometric_rms_arcsec"),
         "templateCoverage": result.metrics["template_coverage"],
         "maskedFraction": np.count_nonzero(exposure.mask & MaskPlane.unusable()) / exposure.mask.size,
+        "psfEllipticity": ellipticity(exposure.psf) if isinstance(exposure.psf, PsfModel) else None,
         "limitingMagnitude": metrics.get("m5"),
         "nSources": result.metrics["n_sources"],
     }

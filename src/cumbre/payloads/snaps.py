@@ -94,8 +94,9 @@ def combine_snaps(snaps: Sequence[Exposure]) -> Exposure:
     share = max(float(hit.mean()) for hit in struck)
     if share > MOST_DIFFERENT:
         told = f"snaps differ in {share:.1%} of the pixels: only the first is used"
+        counts = {"n_snaps": 1, "n_snaps_given": len(ordered)}
         problems = [*first.metadata.get("problems", []), told]
-        return replace(first, metadata=first.metadata | {"problems": problems, "n_snaps": 1})
+        return replace(first, metadata=first.metadata | {"problems": problems} | counts)
     return _sum(ordered, parts, struck)
 
 
