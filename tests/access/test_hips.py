@@ -211,7 +211,7 @@ def test_tiles_over_http(made, world, client):
         "demo/cuts.json",
         "demo/../../site.yaml",
         "demo/%2e%2e/%2e%2e/%2e%2e/site.yaml",
-        "demo",
+        "demo/",
         "other/properties",
     ):
         assert client.get(f"/hips/{path}").status_code == 404

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import math
@@ -151,6 +152,15 @@ def lite_packet(packet: bytes) -> bytes:
     out.write(_HEADER.pack(0, SCHEMA_ID))
     fastavro.schemaless_writer(out, schema(), record)
     return out.getvalue()
+
+
+def printable(value: Any) -> Any:
+    """A record, or a part of it, as JSON can hold it: bytes in base64."""
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, dict):
+        return {key: printable(item) for key, item in value.items()}
+    return [printable(item) for item in value] if isinstance(value, list) else value
 
 
 def write_container(path: Path, records: Iterable[Mapping[str, Any]]) -> Checksummed:

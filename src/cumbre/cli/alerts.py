@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -47,11 +46,11 @@ def archive_of(folder: Path) -> AlertArchive:
 @click.argument("alert_id", type=int)
 def get(folder: Path, out: Path | None, alert_id: int) -> None:
     """Print the alert of diaSourceId ALERT_ID as JSON; stamps in base64."""
-    from cumbre.alerts.packet import decode_packet, write_container
+    from cumbre.alerts.packet import decode_packet, printable, write_container
 
     record = decode_packet(archive_of(folder).packet(alert_id))
     if out is None:
-        print_json(_printable(record))
+        print_json(printable(record))
     else:
         write_container(out, [record])
         click.echo(f"● {out}")
@@ -71,17 +70,7 @@ def read(path: Path) -> None:
     """Print every alert of the container file PATH, one JSON object a line."""
     import json
 
-    from cumbre.alerts.packet import read_packets
+    from cumbre.alerts.packet import printable, read_packets
 
     for record in read_packets(path):
-        sys.stdout.write(json.dumps(_printable(record), allow_nan=False) + "\n")
-
-
-def _printable(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode()
-    if isinstance(value, dict):
-        return {key: _printable(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_printable(item) for item in value]
-    return value
+        sys.stdout.write(json.dumps(printable(record), allow_nan=False) + "\n")

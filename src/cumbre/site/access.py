@@ -29,6 +29,8 @@ from cumbre.access.tables import Tables
 from cumbre.access.tap_schema import with_tap_schema
 from cumbre.access.tokens_login import Logins
 from cumbre.access.user_tables import UserTables
+from cumbre.alerts.archive import FOLDER as ALERTS
+from cumbre.alerts.archive import AlertArchive
 from cumbre.core.configuration import Site
 from cumbre.core.errors import CumbreError
 from cumbre.core.time import Clock
@@ -73,6 +75,7 @@ class SiteAccess:
         self.service = AccessService(
             root=site.root, db=db, tables=tables_of(site, db, clock, own), own=own, engines=Engines(db, scratch=scratch),
             catalogue=self.catalogue, authority=config.access.authority, settings=settings_of(site),
+            alerts=AlertArchive(db, site.path(ALERTS), clock),
         )  # fmt: skip
         if config.profile == "one-machine":
             self.service.identity.local_administrator(site.root)

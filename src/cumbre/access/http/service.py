@@ -13,6 +13,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from cumbre.access.http import images, tap, vosi
+from cumbre.access.http.alerts import Alerts
 from cumbre.access.http.base import (
     MAX_LINKS_BYTES,
     XML_MIME,
@@ -47,6 +48,7 @@ from cumbre.stores.postgres import Database
 if TYPE_CHECKING:
     from cumbre.access.engines import Engines
     from cumbre.access.tables import Tables
+    from cumbre.alerts.archive import AlertArchive
 
 REQUEST_THREADS = 16
 QUERY_THREADS = 48
@@ -98,6 +100,8 @@ class AccessService:
         Images, and the authority of their identifiers; without a catalogue there are no image services.
     own
         Tables of users; without them there are none.
+    alerts
+        The archive of alerts; without it none are served.
     """
 
     def __init__(
@@ -110,6 +114,7 @@ class AccessService:
         catalogue: ImageCatalogue | None = None,
         authority: str = "cumbre.local",
         own: UserTables | None = None,
+        alerts: AlertArchive | None = None,
         settings: Settings | None = None,
     ) -> None:
         self.settings = settings or Settings()
@@ -131,6 +136,7 @@ class AccessService:
             again = Regenerator(root, catalogue, most_bytes=self.settings.regenerated_bytes)
             self.images = Images(catalogue, self.identity, self.store, self.requests, authority, again)
             work[images.SERVICE] = self.images.work
+        self.alerts = None if alerts is None else Alerts(alerts, db, self.identity, self.requests)
         self.hips = Hips(root / HIPS_FOLDER, self.requests)
         self.own = None
         if own is not None:
@@ -163,6 +169,9 @@ class AccessService:
         routes = [*self._tap_routes(), *self._cone_routes()]
         if self.images is not None:
             routes += self._image_routes(self.images)
+        if self.alerts is not None:
+            endpoint = self.gate.endpoint(self.alerts.alert, scope="read:image")
+            routes.append(Route("/alerts/{alert}", endpoint, methods=["GET"]))
         if self.own is not None:
             routes += self.own.routes(self.runner)
         return routes

@@ -238,7 +238,7 @@ class HipsMaker:
             some = self._images[:: max(len(self._images) // 8, 1)][:8]
             values = np.concatenate([self._pixels.get(image)[0][::8, ::8].ravel() for image in some])
             values = values[np.isfinite(values)]
-            low, high = (float(v) for v in np.percentile(values, (2, 99.7))) if len(values) else (0.0, 1.0)
+            low, high = (float(v) for v in np.percentile(values, (30, 99.8))) if len(values) else (0.0, 1.0)
             self._folder.mkdir(parents=True, exist_ok=True)
             write_atomic(path, json.dumps([low, high]).encode())
         return low, high
@@ -403,7 +403,7 @@ def _png(pixels: Floats, cuts: tuple[float, float]) -> bytes:
     import cv2
 
     low, high = cuts
-    soft = max((high - low) / 20, 1e-12)
+    soft = max((high - low) / 8, 1e-12)
     good = np.isfinite(pixels)
     top = math.asinh((high - low) / soft)
     grey = np.arcsinh(np.clip(np.where(good, pixels, low) - low, 0, high - low) / soft) / top
