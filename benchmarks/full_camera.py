@@ -312,8 +312,8 @@ def night(site: Site, camera: Camera, options: argparse.Namespace) -> dict[str, 
             bus.publish_many([("ScriptQueue.nextVisit", visit), ("Camera.startIntegration", image)])
             if options.kill and number == options.visits // 2:
                 failover_s = _kill_control(site, bus)
-            camera.store(obs_id, now)
             clock.sleep(max(0.0, start_tai + EXPOSURE_S + READOUT_S - clock.now_tai_s()))
+            camera.store(obs_id, now)
             # Just before the next image everything of the ones before should be away.
             backlogs.append(number * files - watcher.counts[watcher.last])
             end = block | {

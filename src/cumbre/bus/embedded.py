@@ -29,6 +29,7 @@ from cumbre.core.time import Clock
 log = logging.getLogger(__name__)
 
 BUSY_TIMEOUT_S = 30.0
+BEGIN_PAUSE_S = 0.01
 POLL_MIN_S, POLL_MAX_S = 0.002, 0.025
 REPLAY_CHUNK = 1000
 
@@ -178,6 +179,7 @@ class SqliteBus(Bus):
     def _begin(self) -> None:
         """Wait for our turn. SQLite's own waiting sleeps up to 0.1 s, a hundred times what a turn takes."""
         deadline = time.monotonic() + BUSY_TIMEOUT_S
+        pause = 0.001
         while True:
             try:
                 self._db.execute("BEGIN IMMEDIATE")
@@ -186,7 +188,8 @@ class SqliteBus(Bus):
                 busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
                 if not busy or time.monotonic() > deadline:
                     raise
-                time.sleep(random.uniform(0.0001, 0.001))
+                time.sleep(random.uniform(0.1 * pause, pause))
+                pause = min(pause * 1.2, BEGIN_PAUSE_S)  # of a hundred that wait, most need not look that often
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
