@@ -9,6 +9,7 @@ from uuid import uuid4
 import pytest
 
 from cumbre.stores.postgres import Database
+from support.kafka import mock_brokers
 from support.pg import fresh_database, server
 from support.s3 import endpoint
 
@@ -25,6 +26,13 @@ def database(postgres_dsn: str) -> Iterator[Database]:
     """A fresh, empty database."""
     with fresh_database(postgres_dsn) as opened:
         yield opened
+
+
+@pytest.fixture(scope="session")
+def mock_servers() -> Iterator[str]:
+    """host:port of Kafka brokers inside librdkafka."""
+    with mock_brokers() as servers:
+        yield servers
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import yaml
 from click.testing import CliRunner
 
 from cumbre.bus import open_bus
+from cumbre.catalogs.level1 import Level1
 from cumbre.cli.missed import process_missed
 from cumbre.core.configuration import Site
 from cumbre.core.time import Clock, parse_isot, tai_from_utc
@@ -322,6 +323,35 @@ def test_by_daytime_only_in_the_mode_for_it(make):
     world.service.manager._look_at = 0.0
     world.run()
     assert [name.split("/")[0] for name in world.workers.images] == ["missed"]
+
+
+def test_by_daytime_new_objects_are_measured_on_earlier_images(make, database):
+    world = make()
+    Level1(database, world.clock)
+    database.execute(
+        "INSERT INTO level1.precovery (dia_object_id, ra, dec, visit, detector, first_mjd_tai, queued_tai)"
+        " VALUES (7, 10, -30, 1, 0, 61364, %s)",
+        (NIGHT,),
+    )
+    service = world.start()
+    world.run()
+    assert world.workers.images == []  # by night
+    fields = {"processing": "enabled", "settings": '{"trigger": "none", "missed": true}', "epoch": 1}
+    world.bus.publish("AlertProductionCluster.detailedState", fields)
+    service._leader._next = 0.0
+    world.run()
+    service.manager._look_at = 0.0
+    world.run()
+    (job,) = world.workers.images
+    assert job.startswith("precovery/")
+    world.run()
+    assert world.workers.images == [job]  # one at a time
+    world.workers.go_on()
+    world.run()
+    assert database.execute("SELECT n_images, done_tai IS NULL FROM level1.precovery") == [(0, False)]
+    service._next_precovery = 0.0
+    world.run()
+    assert world.workers.images == []  # nothing waits any more
 
 
 def test_the_ledger_and_the_night_report_know(make):

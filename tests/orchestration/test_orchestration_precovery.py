@@ -106,6 +106,13 @@ def test_new_objects_are_measured_on_the_images_before(site, database):
     assert {(row["n_images"], row["n_forced"], row["attempts"]) for row in queue} == {(1, 1, 2)}
     assert all(row["done_tai"] for row in queue)
 
+    # no time at all: nothing is begun, nothing is said to be done
+    database.execute("UPDATE level1.precovery SET done_tai = NULL")
+    hurried = Precovery(site.root, database, clock).run(budget_s=0.0)
+    assert hurried["unfinished"] == len(new)
+    assert hurried["objects"] + hurried["images"] == 0
+    assert database.execute("SELECT count(*) FROM level1.precovery WHERE done_tai IS NULL") == [(len(new),)]
+
     # once more, as after a run that was killed before it could say that it was done
     database.execute("UPDATE level1.precovery SET done_tai = NULL")
 
@@ -119,6 +126,7 @@ def test_new_objects_are_measured_on_the_images_before(site, database):
     # beyond the days asked for nothing is looked at; what fails for good is given up
     database.execute("UPDATE level1.precovery SET done_tai = NULL, attempts = %s", (MAX_ATTEMPTS - 1,))
     database.execute("DELETE FROM level1.diaforcedsource WHERE visit = %s", (visit_before,))
+    database.execute("DELETE FROM level1.precovery_image")
     assert Precovery(site.root, database, clock, days=0.5).run()["images"] == 0
     database.execute("UPDATE level1.precovery SET done_tai = NULL, attempts = %s", (MAX_ATTEMPTS - 1,))
     file.unlink()

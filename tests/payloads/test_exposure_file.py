@@ -15,7 +15,6 @@ from cumbre.payloads.exposure_file import load_about, load_exposure, save_exposu
 from cumbre.payloads.kernels.psf import gaussian_psf
 from cumbre.payloads.kernels.wcs import PlaneWcs
 
-
 STARS = np.array(
     [(1.25, 65535, True, -1), (2.5, 0, False, 7)],
     dtype=[("x", "f8"), ("bits", "u2"), ("is_psf_star", "?"), ("ref_index", "i8")],

@@ -33,23 +33,29 @@ def make_site(root: Path, *, instrument: str = "lsstcomcam", **settings: object)
 class World:
     """One control system (or more) on one bus; ``run`` steps them until something is so."""
 
-    def __init__(self, root, database, *, rate=1.0, person="observer@console", **settings):
+    def __init__(self, root, database, *, rate=1.0, person="observer@console", url="", **settings):
         self.site = make_site(root, **settings)
-        self.url = f"sqlite:///{root}/bus.db"
+        self.url = url or f"sqlite:///{root}/bus.db"
         self.db = database
         self.clock = Clock.starting_at(2.0e9, rate=rate)
-        self.bus = open_bus(self.url, identity=person, clock=self.clock)
+        self._buses = []
+        self.bus = self.open_bus(person)
         self.systems = []
         self.pairs = {}
 
+    def open_bus(self, identity):
+        """A connection of its own to the bus, closed at the end."""
+        self._buses.append(open_bus(self.url, identity=identity, clock=self.clock))
+        return self._buses[-1]
+
     def control(self, role="control-base", **settings):
         """Another control process, in this one."""
-        bus = open_bus(self.url, identity=role, clock=self.clock)
+        bus = self.open_bus(role)
         system = ControlSystem(site=self.site, bus=bus, clock=self.clock, db=self.db, role=role, **settings)
         self.systems.append(system)
         return system
 
-    def run(self, until, *, limit_s=10.0):
+    def run(self, until, *, limit_s=30.0):
         """Step all systems until it is so."""
         end = time.monotonic() + limit_s
         while time.monotonic() < end:
@@ -61,9 +67,9 @@ class World:
             time.sleep(0.005)
         raise AssertionError(f"not within {limit_s} s: {until}")
 
-    def command(self, entity, verb, *, limit_s=10.0, person=None, **fields):
+    def command(self, entity, verb, *, limit_s=30.0, person=None, **fields):
         """Send a command and step the systems until it is answered."""
-        bus = self.bus if person is None else open_bus(self.url, identity=person, clock=self.clock)
+        bus = self.bus if person is None else self.open_bus(person)
         answer = []
         client = RemoteComponent(bus, entity)
         thread = threading.Thread(
@@ -135,3 +141,5 @@ class World:
     def close(self):
         for system in self.systems:
             system.close()
+        for bus in self._buses:
+            bus.close()

@@ -86,10 +86,16 @@ class Plan:
 
     def sql(self, max_rows: int | None = None) -> str:
         """The SQL; with a number of rows at most one more is asked for."""
-        limit = self.query.limit
-        if max_rows is not None:
-            limit = max_rows + 1 if limit is None else min(limit, max_rows + 1)
+        limit = self.most(max_rows) if max_rows is not None else self.query.limit
+        if self.covers:
+            # The planner takes a match on ranges for billions of rows: to give the first of them soon it would
+            # look at every row of the catalogue. Who reads stops after those that are wanted.
+            limit = None
         return BoundQuery(self.query.sql, self.query.columns, limit, self.query.offset).whole()
+
+    def most(self, max_rows: int) -> int:
+        """Rows after which nobody reads on."""
+        return max_rows + 1 if self.query.limit is None else min(self.query.limit, max_rows + 1)
 
 
 def make_plan(adql: str, *, tables: Tables, user: User) -> Plan:

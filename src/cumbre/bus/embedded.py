@@ -189,7 +189,9 @@ class SqliteBus(Bus):
                 if not busy or time.monotonic() > deadline:
                     raise
                 time.sleep(random.uniform(0.1 * pause, pause))
-                pause = min(pause * 1.2, BEGIN_PAUSE_S)  # of a hundred that wait, most need not look that often
+                pause = min(
+                    pause * 1.2, BEGIN_PAUSE_S
+                )  # of a hundred that wait, most need not look that often
 
     @contextmanager
     def _reading(self) -> Iterator[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,11 @@ CREATE TABLE level1.precovery (
     detector int NOT NULL, first_mjd_tai float8 NOT NULL, queued_tai float8 NOT NULL, attempts int NOT NULL DEFAULT 0,
     done_tai float8, n_images int, n_forced int, message text NOT NULL DEFAULT '');
 CREATE INDEX precovery_open ON level1.precovery (queued_tai) WHERE done_tai IS NULL;
+"""
+_PRECOVERED = """
+CREATE TABLE level1.precovery_image (
+    dia_object_id bigint NOT NULL REFERENCES level1.precovery ON DELETE CASCADE, visit bigint NOT NULL,
+    detector int NOT NULL, n_forced int NOT NULL, PRIMARY KEY (dia_object_id, visit, detector));
 """
 _REJECTED = "ALTER TABLE level1.visit_detector ADD COLUMN rejected jsonb NOT NULL DEFAULT '{}'"
 
@@ -217,8 +222,8 @@ class Level1:
                 columns = ["alert_id", "visit", "detector", "packet"]
                 self._db.copy("level1.alert_outbox", columns, rows, connection=link)
 
-    def add_forced(self, rows: Rows) -> int:
-        """Add forced photometry of images stored earlier; rows that are there already stay. Returns how many came."""
+    def precover_image(self, visit: int, detector: int, looked_for: Collection[int], rows: Rows) -> None:
+        """Store what an earlier image says of new objects, once: forced photometry, and which were looked for."""
         table = self._tables["DiaForcedSource"]
         new = conform(table, rows, timeProcessedMjdTai=mjd_from_seconds(self._clock.now_tai_s()))
         self._partitions.ensure(table, new.column(table.partition).unique().to_pylist())
@@ -228,10 +233,27 @@ class Level1:
                 "CREATE TEMPORARY TABLE new_forced (LIKE level1.diaforcedsource INCLUDING DEFAULTS) ON COMMIT DROP"
             )
             self._copy(link, "new_forced", new)
-            return link.execute(
+            link.execute(
                 f"INSERT INTO level1.diaforcedsource ({names}) SELECT {names} FROM new_forced"  # noqa: S608
                 " ON CONFLICT DO NOTHING".encode()
-            ).rowcount
+            )
+            link.execute(
+                "INSERT INTO level1.precovery_image (dia_object_id, visit, detector, n_forced)"
+                " SELECT id, %s, %s, (SELECT count(*) FROM new_forced WHERE diaobjectid = id)"
+                " FROM unnest(%s::bigint[]) AS id ON CONFLICT DO NOTHING",
+                (visit, detector, sorted(looked_for)),
+            )
+
+    def precovered_on(self, visit: int, detector: int, identifiers: Collection[int]) -> set[int]:
+        """Which of some objects were looked for on an image, or measured there."""
+        rows = self._db.execute(
+            "SELECT dia_object_id FROM level1.precovery_image"
+            " WHERE visit = %(visit)s AND detector = %(detector)s AND dia_object_id = ANY(%(ids)s)"
+            " UNION SELECT diaobjectid FROM level1.diaforcedsource"
+            " WHERE visit = %(visit)s AND detector = %(detector)s AND diaobjectid = ANY(%(ids)s)",
+            {"visit": visit, "detector": detector, "ids": sorted(identifiers)},
+        )
+        return {int(row[0]) for row in rows}
 
     def precovery_queue(self, limit: int) -> list[dict[str, Any]]:
         """Objects whose past was not looked for yet, the oldest first."""
@@ -241,15 +263,16 @@ class Level1:
             (limit,),
         )
 
-    def precovered(self, found: Mapping[int, tuple[int, int, str]], *, is_done: bool) -> None:
-        """Record what came of objects: id → (images, rows of forced photometry, message); not done is tried again."""
+    def precovered(self, found: Mapping[int, tuple[int, str]], *, is_done: bool) -> None:
+        """Record what came of objects: id → (images that may show it, message); not done is tried again."""
         done = self._clock.now_tai_s() if is_done else None
         with self._db.connection() as link:
-            for identifier, (n_images, n_forced, message) in sorted(found.items()):
+            for identifier, (n_images, message) in sorted(found.items()):
                 link.execute(
-                    "UPDATE level1.precovery SET done_tai = %s, n_images = %s, n_forced = %s, message = %s,"
-                    " attempts = attempts + 1 WHERE dia_object_id = %s",
-                    (done, n_images, n_forced, message[:1000], identifier),
+                    "UPDATE level1.precovery SET done_tai = %s, n_images = %s, message = %s, attempts = attempts + 1,"
+                    " n_forced = (SELECT coalesce(sum(n_forced), 0) FROM level1.precovery_image i"
+                    " WHERE i.dia_object_id = precovery.dia_object_id) WHERE dia_object_id = %s",
+                    (done, n_images, message[:1000], identifier),
                 )
 
     def is_stored(self, visit: int, detector: int) -> bool:
@@ -380,7 +403,7 @@ def read_table(
 
 def prepare(db: Database) -> None:
     """Make the tables, or bring them to this program's Felis file (which only ever gains columns)."""
-    migrate(db, "level1", [_OUTBOX, _REJECTED, LEDGER, _ORBITS, _PRECOVERY])
+    migrate(db, "level1", [_OUTBOX, _REJECTED, LEDGER, _ORBITS, _PRECOVERY, _PRECOVERED])
     ddl = level1_ddl()
     digest = hashlib.sha256(ddl.encode()).hexdigest()
     known = "SELECT 1 FROM level1.felis WHERE sha256 = %s"

@@ -242,6 +242,14 @@ class Prompt(_Model):
     ] = "path"
     overload: Annotated[Overload, Field(description="Workers that fall behind.")] = Overload()
     missed: Annotated[Missed, Field(description="Images left for later.")] = Missed()
+    precovery_days: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="How far back new objects are measured by day (in the mode `daytime`); 0 leaves it to "
+            "`cumbre precover`.",
+        ),
+    ] = 30.0
 
 
 class CatchUp(_Model):

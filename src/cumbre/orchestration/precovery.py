@@ -7,9 +7,10 @@ The queue is in the database (``level1.precovery``); a run that was killed goes 
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
+import math
+import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,15 +28,6 @@ if TYPE_CHECKING:
 BATCH = 200
 MAX_ATTEMPTS = 5
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class _Past:
-    """What is found of one object."""
-
-    images: int = 0
-    rows: int = 0
-    failures: list[str] = field(default_factory=list)
 
 
 class Precovery:
@@ -69,32 +61,48 @@ class Precovery:
         self._level1: Level1 = Level1(db, clock)
         self._remake = remake or reproduce
 
-    def run(self, limit: int = BATCH) -> dict[str, int]:
+    def run(self, limit: int = BATCH, budget_s: float = math.inf) -> dict[str, int]:
         """Take the oldest objects of the queue, at most ``limit``; counts of what was done.
 
-        Objects with an image that could not be processed stay in the queue until the fifth try.
+        Objects with an image that could not be processed stay in the queue until the fifth try. After ``budget_s``
+        real seconds no further image is begun; what was found is kept, and the next run goes on there.
         """
-        queue = self._level1.precovery_queue(limit)
-        past = {int(item["diaObjectId"]): _Past() for item in queue}
-        wanted: dict[Path, list[dict[str, Any]]] = defaultdict(list)
-        for item in queue:
+        end = time.monotonic() + budget_s
+        queue = {int(item["diaObjectId"]): item for item in self._level1.precovery_queue(limit)}
+        wanted: dict[Path, list[int]] = defaultdict(list)
+        for identifier, item in queue.items():
             for record in self._records(item):
-                wanted[record].append(item)
-        images = 0
-        for path, objects in sorted(wanted.items()):
+                wanted[record].append(identifier)
+        n_images = Counter(identifier for listed in wanted.values() for identifier in listed)
+        failures: dict[int, set[str]] = defaultdict(set)
+        unfinished: set[int] = set()
+        images = forced = 0
+        for path, identifiers in sorted(wanted.items()):
+            if time.monotonic() >= end:
+                unfinished.update(identifiers)
+                continue
             images += 1
-            for identifier, rows, failure in self._image(path, objects):
-                past[identifier].images += 1
-                past[identifier].rows += rows
-                past[identifier].failures += [failure] if failure else []
-        attempts = {int(item["diaObjectId"]): int(item["attempts"]) + 1 for item in queue}
-        done = {i for i, p in past.items() if not p.failures or attempts[i] >= MAX_ATTEMPTS}
-        told = {i: (p.images, p.rows, "; ".join(sorted(set(p.failures)))) for i, p in past.items()}
-        self._level1.precovered({i: told[i] for i in past if i in done}, is_done=True)
-        self._level1.precovered({i: told[i] for i in past if i not in done}, is_done=False)
+            try:
+                forced += self._image(path, [queue[identifier] for identifier in identifiers])
+            except TransientError:
+                raise
+            except CumbreError as error:
+                log.warning("%s %s: %s", path.parent.name, path.stem, error)
+                for identifier in identifiers:
+                    failures[identifier].add(str(error))
+        done = {
+            identifier
+            for identifier, item in queue.items()
+            if identifier not in unfinished
+            and (identifier not in failures or int(item["attempts"]) + 1 >= MAX_ATTEMPTS)
+        }
+        again = set(queue) - done - unfinished
+        for listed, is_done in ((done, True), (again, False)):
+            told = {i: (n_images[i], "; ".join(sorted(failures.get(i, ())))) for i in listed}
+            self._level1.precovered(told, is_done=is_done)
         return {
-            "objects": len(done), "again": len(past) - len(done), "images": images,
-            "forced": sum(p.rows for p in past.values()),
+            "objects": len(done), "again": len(again), "unfinished": len(unfinished - again), "images": images,
+            "forced": forced,
         }  # fmt: skip
 
     def _records(self, item: dict[str, Any]) -> Iterator[Path]:
@@ -112,39 +120,25 @@ class Precovery:
                 if float(away) <= circle["radius"]:
                     yield path
 
-    def _image(self, path: Path, objects: list[dict[str, Any]]) -> Iterator[tuple[int, int, str]]:
-        """Process an image again and measure; (object, rows stored, why not)."""
+    def _image(self, path: Path, objects: list[dict[str, Any]]) -> int:
+        """Process an image again and measure the objects that were not looked for on it; rows stored."""
         from cumbre.payloads.alert_production import force_at
 
-        identifiers = [int(item["diaObjectId"]) for item in objects]
-        try:
-            record = read_record(path)
-            visit, detector = int(record["visit"]), int(record["detector"])
-            there = self._db.execute(
-                "SELECT diaobjectid FROM level1.diaforcedsource WHERE visit = %s AND detector = %s"
-                " AND diaobjectid = ANY(%s)",
-                (visit, detector, identifiers),
-            )
-            known = {row[0] for row in there}
-            left = [item for item in objects if int(item["diaObjectId"]) not in known]
-            rows: list[dict[str, Any]] = []
-            if left:
-                last = self._db.execute(
-                    "SELECT count(*) FROM level1.diaforcedsource WHERE visit = %s AND detector = %s",
-                    (visit, detector),
-                )
-                made = self._remake(self._root, record, self._raw(record))
-                now = mjd_from_seconds(self._clock.now_tai_s())
-                rows = force_at(made, left, processed_mjd_tai=now, first=int(last[0][0]) + 1)
-                self._level1.add_forced(rows)
-        except TransientError:
-            raise
-        except CumbreError as error:
-            log.warning("%s %s: %s", path.parent.name, path.stem, error)
-            yield from ((identifier, 0, str(error)) for identifier in identifiers)
-            return
-        measured = {int(row["diaObjectId"]) for row in rows}
-        yield from ((identifier, int(identifier in measured), "") for identifier in identifiers)
+        record = read_record(path)
+        visit, detector = int(record["visit"]), int(record["detector"])
+        known = self._level1.precovered_on(visit, detector, [int(item["diaObjectId"]) for item in objects])
+        left = [item for item in objects if int(item["diaObjectId"]) not in known]
+        if not left:
+            return 0
+        last = self._db.execute(
+            "SELECT count(*) FROM level1.diaforcedsource WHERE visit = %s AND detector = %s",
+            (visit, detector),
+        )
+        made = self._remake(self._root, record, self._raw(record))
+        now = mjd_from_seconds(self._clock.now_tai_s())
+        rows = force_at(made, left, processed_mjd_tai=now, first=int(last[0][0]) + 1)
+        self._level1.precover_image(visit, detector, [int(item["diaObjectId"]) for item in left], rows)
+        return len(rows)
 
     def _raw(self, record: dict[str, Any]) -> Path:
         """The raw file in the archive's cache."""
@@ -161,3 +155,30 @@ class Precovery:
         raise NotFoundError(
             f"{record['obs_id']} {record['detector_name']}: its raw file is not in the archive's cache any more"
         )
+
+
+def is_waiting(db: Database) -> bool:
+    """Whether an object waits in the queue."""
+    if not db.execute("SELECT to_regclass('level1.precovery')")[0][0]:
+        return False
+    return bool(db.execute("SELECT 1 FROM level1.precovery WHERE done_tai IS NULL LIMIT 1"))
+
+
+def work(payload: dict[str, Any]) -> dict[str, Any]:
+    """What a worker of prompt processing does by day: some images of the queue.
+
+    Parameters
+    ----------
+    payload
+        ``site``, ``dsn``, ``days``, ``budget_s``.
+    """
+    from cumbre.stores.postgres import Database
+
+    root = Path(payload["site"])
+    precovery = Precovery(
+        root,
+        Database(payload["dsn"], application="cumbre precovery"),
+        Clock.load(root / "clock.json"),
+        days=float(payload["days"]),
+    )
+    return dict(precovery.run(budget_s=float(payload["budget_s"])))

@@ -28,8 +28,10 @@ from cumbre.orchestration.engine import ComputeEngine, DaskEngine
 from cumbre.orchestration.jobs import JobStore
 from cumbre.orchestration.manager import LIVE, JobManager
 from cumbre.orchestration.models import DEADLINE, DROPPED, KILLED, SAMPLED_OUT, FinishedJob, Job
+from cumbre.orchestration.precovery import is_waiting
 from cumbre.orchestration.prompt_jobs import (
     MISSED,
+    PRECOVERY,
     PRELOAD,
     PROCESS,
     WORKER,
@@ -63,6 +65,8 @@ SPARE, CATCH_UP = "spare", "catch-up"
 CATCH_UP_NICE = 10
 POOL_S = 2.0
 """Real seconds between two words to control of how many workers there are."""
+PRECOVERY_LOOK_S = 60.0
+"""Real seconds between two looks for new objects to be measured on earlier images."""
 SLICE_S = 0.05
 """Real seconds of one wait: how late the two sources (bus, engine) can see one another's news."""
 VISITS = "ScriptQueue.nextVisit"
@@ -121,13 +125,14 @@ class PromptService:
         self._left: Counter[str] = Counter()
         self._overload_told: dict[str, Any] = {}
         self._next_pool = 0.0
+        self._next_precovery = 0.0
         self._restore()
         overload = self.settings.overload
         self.manager = JobManager(
             self.store, self.engines, clock, owner=self.name, light=[PRELOAD], rules=self._rules(idle=False),
             policy=OverloadPolicy(overload.behind, overload.drop_above, overload.kill_after_s),
         )  # fmt: skip
-        for kind in (PRELOAD, PROCESS, MISSED):
+        for kind in (PRELOAD, PROCESS, MISSED, PRECOVERY):
             for finished in self.store.unreported(kind):
                 self._report(finished)
 
@@ -168,8 +173,14 @@ class PromptService:
         for message in self.bus.replay(["Camera.endReadout"], since_tai=since):
             self.state.read_out(_read_out(message), now)
         for row in (*self.store.payloads(PROCESS, since), *missed):
-            process = process_of(row["payload"])
-            self.state.at_archive(process.image, now, process.work)
+            self.state.taken(process_of(row["payload"]), now)
+        if self.state.any_snaps:
+            # Exposures that waited for the others of their visit are in no table yet.
+            for message in self.bus.replay(["Image.hop"], since_tai=since):
+                fields = message.fields
+                came = fields["hop"] == "at_archive" and fields["outcome"] == "ok" and fields["detector"] >= 0
+                if came and self.state.awaits_snaps(fields["groupId"]):
+                    self._pending += self.state.at_archive(_image(message), now)
 
     # -- the loop --
 
@@ -194,14 +205,28 @@ class PromptService:
     def _rules(self, *, idle: bool) -> dict[str, PoolRule]:
         """What each pool does now: offline work never takes a live worker while a visit is expected."""
         when = self.settings.missed.when
-        by_mode = bool(self._leader.settings.get("missed", False))
-        later = self._leader.is_enabled and (when == "idle" or (when == "daytime" and by_mode))
+        later = self._leader.is_enabled and (when == "idle" or (when == "daytime" and self._is_daytime))
         rules = {
             LIVE: PoolRule("always", offline=later and idle),
             SPARE: PoolRule("behind", offline=later),
             CATCH_UP: PoolRule("never", offline=True),
         }
         return {name: rules[name] for name in self.engines}
+
+    @property
+    def _is_daytime(self) -> bool:
+        """Whether control wants late work done."""
+        return self._leader.is_enabled and bool(self._leader.settings.get("missed", False))
+
+    def _look_back(self, *, idle: bool) -> None:
+        """By day, when nothing else is to be done: measure new objects on earlier images, one job at a time."""
+        if not (idle and self._is_daytime and self.settings.precovery_days):
+            return
+        if time.monotonic() < self._next_precovery:
+            return
+        self._next_precovery = time.monotonic() + PRECOVERY_LOOK_S
+        if is_waiting(self.db):
+            self.manager.submit_all([self.jobs.precovery(self.clock.now_tai_s())])
 
     def _tell_pool(self) -> None:
         """Tell control how many workers there are, and everybody when they fall behind."""
@@ -358,6 +383,7 @@ class PromptService:
     def _tell(self) -> int:
         idle = self.manager.dispatcher.is_idle and not self.state.waiting
         self.manager.rules = self._rules(idle=idle)
+        self._look_back(idle=idle)
         self._finished.extend(self.manager.poll(0.0))
         told = 0
         while self._finished:
@@ -371,9 +397,20 @@ class PromptService:
         if finished.job.kind == PRELOAD:
             if not finished.result.is_success:
                 log.warning("%s: %s: %s", finished.job.id, finished.result.outcome, finished.result.message)
+        elif finished.job.kind == PRECOVERY:
+            self._report_precovery(finished)
         else:
             self._report_process(finished)
         self.store.mark_reported([finished.job.id])
+
+    def _report_precovery(self, finished: FinishedJob) -> None:
+        result = finished.result
+        if not result.is_success:
+            log.warning("%s: %s: %s", finished.job.id, result.outcome, result.message)
+            return
+        log.info("earlier images: %s", ", ".join(f"{value} {name}" for name, value in result.value.items()))
+        if result.value.get("unfinished"):
+            self._next_precovery = 0.0
 
     def _report_process(self, finished: FinishedJob) -> None:
         image = DetectorImage(**finished.job.payload["image"])

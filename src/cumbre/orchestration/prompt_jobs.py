@@ -14,6 +14,9 @@ from cumbre.orchestration.prompt_state import ALERTS, DetectorImage, Preload, Pr
 PRELOAD = "prompt.preload"
 PROCESS = "prompt.process"
 MISSED = "prompt.missed"
+PRECOVERY = "prompt.precovery"
+PRECOVERY_S = 15.0
+"""Real seconds after which such a job begins no further image: an image that comes then waits that long at most."""
 WORKER = "cumbre.orchestration.prompt_worker"
 PASSING = ("Transient", DEADLINE, LOST, DROPPED, KILLED)
 """Outcomes of a job that may end otherwise at another time."""
@@ -32,6 +35,8 @@ def process_of(payload: dict[str, Any]) -> Process:
         AnnouncedVisit(**visit) if visit else None,
         payload["read_out_tai"],
         work_of(payload),
+        tuple(DetectorImage(**snap) for snap in payload.get("snaps", ())),
+        payload.get("note", ""),
     )
 
 
@@ -116,6 +121,22 @@ class PromptJobs:
             max_attempts=self._settings.missed.attempts,
         )
 
+    def precovery(self, now_tai: float) -> Job:
+        """Measure some new objects on images of the weeks before."""
+        return Job(
+            id=f"{PRECOVERY}/{now_tai:.0f}",
+            kind=PRECOVERY,
+            function="cumbre.orchestration.precovery:work",
+            payload={
+                "site": str(self._site.root),
+                "dsn": self._dsn,
+                "days": self._settings.precovery_days,
+                "budget_s": PRECOVERY_S,
+            },
+            priority=Priority.OFFLINE,
+            max_attempts=1,
+        )
+
     @staticmethod
     def _function(work: Work) -> str:
         return f"{WORKER}:{'process' if work.kind == ALERTS else 'correct'}"
@@ -126,4 +147,6 @@ class PromptJobs:
             "image": asdict(image),
             "visit": asdict(visit) if visit else None,
             "read_out_tai": instruction.read_out_tai,
+            "snaps": [asdict(snap) for snap in instruction.snaps],
+            "note": instruction.note,
         }

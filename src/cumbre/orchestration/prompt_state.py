@@ -96,12 +96,22 @@ class Preload:
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """Process one detector's image."""
+    """Process one detector's image.
+
+    Attributes
+    ----------
+    snaps
+        Further exposures of the visit, in the order in which they were taken.
+    note
+        What is missing, in words.
+    """
 
     image: DetectorImage
     visit: AnnouncedVisit | None
     read_out_tai: float
     work: Work = Work()
+    snaps: tuple[DetectorImage, ...] = ()
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +166,14 @@ class _Group:
     seen_tai: float = 0.0
     is_taken: bool = False
     """An image of it was taken in."""
+    held: dict[int, list[DetectorImage]] = field(default_factory=dict)
+    """Detector → exposures that wait for the visit's others."""
+    ended: set[int] = field(default_factory=set)
+    """Detectors of a visit of several exposures that were given to a worker."""
+
+    @property
+    def n_images(self) -> int:
+        return self.visit.n_images if self.visit else 1
 
 
 class PromptState:
@@ -230,7 +248,10 @@ class PromptState:
         """Take in an end of read-out."""
         group = self._group(event.group_id or event.obs_id, now_tai)
         group.obs_id, group.read_outs[event.obs_id] = event.obs_id, event.tai
-        group.give_up_tai = max(event.tai, now_tai) + self._timeout_s
+        give_up = max(event.tai, now_tai) + self._timeout_s
+        # Of several exposures the last is due at the visit's announced end.
+        is_last = len(group.read_outs) >= group.n_images
+        group.give_up_tai = give_up if is_last else max(group.give_up_tai, give_up)
         return []
 
     def at_archive(
@@ -256,6 +277,9 @@ class PromptState:
         group = self._group(image.unit, now_tai)
         group.obs_id, group.is_taken = group.obs_id or image.obs_id, True
         group.work = self._work_of(image.unit, work)
+        is_now = not (group.is_left_out or is_caught_up or is_wavefront)
+        if group.n_images > 1 and is_now and group.work.kind == ALERTS:
+            return self._hold(group, image)
         is_prepared = group.waiting.pop(image.detector, None) is not None
         process = Process(
             image,
@@ -270,6 +294,43 @@ class PromptState:
             return [*dropped, Miss(process, CAUGHT_UP, "brought by the Catch-Up Archiver")]
         return [process]
 
+    def _hold(self, group: _Group, image: DetectorImage) -> list[Instruction]:
+        """Keep one of several exposures until the others are there."""
+        if image.detector in group.ended:
+            return [Reject(image, "it came when its visit had been processed without it")]
+        held = group.held.setdefault(image.detector, [])
+        held.append(image)
+        return [self._whole(group, image.detector)] if len(held) >= group.n_images else []
+
+    def _whole(self, group: _Group, detector: int) -> Process:
+        """Process what came of a visit of several exposures."""
+        held = sorted(group.held.pop(detector), key=lambda image: image.exposure_id)
+        group.waiting.pop(detector, None)
+        group.ended.add(detector)
+        note = "" if len(held) >= group.n_images else f"{len(held)} of {group.n_images} exposures came"
+        read_out = max(group.read_outs.get(image.obs_id, 0.0) for image in held)
+        return Process(held[0], group.visit, read_out, group.work or Work(), tuple(held[1:]), note)
+
+    def taken(self, process: Process, now_tai: float) -> None:
+        """Know again what was given to a worker before a restart."""
+        group = self._group(process.image.unit, now_tai)
+        for image in (process.image, *process.snaps):
+            self._seen[image.obs_id, image.detector] = now_tai
+        group.obs_id, group.is_taken = group.obs_id or process.image.obs_id, True
+        group.work = self._work_of(process.image.unit, process.work)
+        group.waiting.pop(process.image.detector, None)
+        group.ended.add(process.image.detector)
+
+    def awaits_snaps(self, unit: str) -> bool:
+        """Whether a visit of several exposures is under way."""
+        group = self._groups.get(unit)
+        return group is not None and group.n_images > 1
+
+    @property
+    def any_snaps(self) -> bool:
+        """Whether any visit of several exposures is under way."""
+        return any(group.n_images > 1 for group in self._groups.values())
+
     def _work_of(self, unit: str, now: Work | None) -> Work:
         known = self._groups.get(unit)
         return (known.work if known else None) or now or Work()
@@ -278,13 +339,16 @@ class PromptState:
         """Give up what did not come, and forget what is old."""
         lost: list[Instruction] = []
         for group_id, group in list(self._groups.items()):
-            if group.visit is not None and group.waiting and now_tai >= group.give_up_tai:
+            is_over = group.visit is not None and now_tai >= group.give_up_tai
+            if is_over:
+                lost += [self._whole(group, number) for number in list(group.held)]
+            if group.visit is not None and group.waiting and is_over:
                 reason = f"no image at the archive {self._timeout_s:.0f} s after " + (
                     "the end of read-out" if group.read_outs else "the announced end of the visit"
                 )
                 lost += [GiveUp(group.visit, number, group.obs_id, reason) for number in group.waiting]
                 group.waiting = {}
-            if not group.waiting and now_tai - group.seen_tai > EXPIRY_S:
+            if not group.waiting and not group.held and now_tai - group.seen_tai > EXPIRY_S:
                 del self._groups[group_id]
         if len(self._seen) > 100_000:
             self._seen = {key: t for key, t in self._seen.items() if now_tai - t < EXPIRY_S}

@@ -156,7 +156,8 @@ def process(payload: dict[str, Any]) -> dict[str, Any]:
     Parameters
     ----------
     payload
-        What :func:`preload` takes, with ``image`` (fields of a DetectorImage) and ``visit`` or None.
+        What :func:`preload` takes, with ``image`` (fields of a DetectorImage), ``snaps`` (further exposures of the
+        visit), ``note`` and ``visit`` or None.
 
     Returns
     -------
@@ -172,8 +173,13 @@ def process(payload: dict[str, Any]) -> dict[str, Any]:
     TransientError
         Database, file system or distributors are away.
     """
-    with local_image(payload) as local:
-        return _process(local)
+    with ExitStack() as files:
+        local = files.enter_context(local_image(payload))
+        snaps = [
+            files.enter_context(local_image(payload | {"image": snap}))["image"]
+            for snap in payload.get("snaps", ())
+        ]
+        return _process(local | {"snaps": snaps})
 
 
 def _process(payload: dict[str, Any]) -> dict[str, Any]:
@@ -204,7 +210,8 @@ def _process(payload: dict[str, Any]) -> dict[str, Any]:
     from cumbre.alerts.archive import rejections
 
     with ExitStack() as held:
-        made, packets = _produce(payload, raw, inputs, level1, held)
+        raws = [raw, *(_read(snap, instrument, detector) for snap in payload["snaps"])]
+        made, packets = _produce(payload, raws, inputs, level1, held)
         rejected = rejections(
             made.dia_sources, (identifier for identifier, _ in packets), float(payload["reliability"])
         )
@@ -225,7 +232,7 @@ def _process(payload: dict[str, Any]) -> dict[str, Any]:
             log.info("stored meanwhile by another try")
     if made.injected is not None:
         write_injected(Path(payload["site"]), image["exposure_id"], detector.id, band, made.injected)
-    if inputs.files:
+    if inputs.files and len(raws) == 1:
         try:
             write_record(Path(payload["site"]), raw=raw, inputs=inputs, made=made, payload=payload)
         except OSError as error:
@@ -235,7 +242,7 @@ def _process(payload: dict[str, Any]) -> dict[str, Any]:
     for warning in made.warnings:
         log.warning("%s", warning)
     return {
-        "message": "; ".join(made.warnings),
+        "message": "; ".join(text for text in (payload.get("note", ""), *made.warnings) if text),
         "n_sources": len(made.dia_sources),
         "n_alerts": len(packets),
         "quality": _quality(made.quality, band, wall),
@@ -326,7 +333,7 @@ def _is_number(value: float | None) -> bool:
 
 
 def _produce(
-    payload: dict[str, Any], raw: RawDetector, inputs: Inputs, level1: Level1, held: ExitStack
+    payload: dict[str, Any], raws: list[RawDetector], inputs: Inputs, level1: Level1, held: ExitStack
 ) -> tuple[DetectorResult, list[tuple[int, bytes]]]:
     """Run the payload; (its result, the alerts as (diaSourceId, packet)).
 
@@ -350,16 +357,16 @@ def _produce(
         return loader.near(field.centre_ra, field.centre_dec, field.radius_deg, mjd_tai)
 
     made = produce(
-        raw,
+        raws,
         inputs.calibrations,
         inputs.template,
         inputs.reference,
-        instrument=raw.instrument,
+        instrument=raws[0].instrument,
         history=history,
         processed_mjd_tai=mjd_from_seconds(clock.now_tai_s()),
         config=DifferenceConfig(threshold=float(payload["detection_sigma"]), reliable=least),
         inject=InjectionConfig()
-        if is_chosen(raw.metadata.exposure_id, float(payload.get("injection_fraction", 0.0)))
+        if is_chosen(raws[0].metadata.exposure_id, float(payload.get("injection_fraction", 0.0)))
         else None,
         solar_system=solar_system,
     )

@@ -25,12 +25,14 @@ ELONGATED = 0.3
 
 
 def changed_stars(science: Exposure, difference: Exposure, psf: PsfModel) -> tuple[int, int]:
-    """How many of the stars that calibration listed are not the same in the template.
+    """How many of the reference catalogue's stars are not the same in the template.
+
+    What is in no catalogue may have moved (a field on the ecliptic holds more asteroids than stars) or be new.
 
     Parameters
     ----------
     science
-        With ``metadata["stars"]``; without that list nothing can be said.
+        With ``metadata["stars"]`` matched to a catalogue; without that list nothing can be said.
     difference
         In units of the science image.
     psf
@@ -41,11 +43,11 @@ def changed_stars(science: Exposure, difference: Exposure, psf: PsfModel) -> tup
     Changed stars, and stars that were looked at (not saturated, above 20 sigma, not planted).
     """
     stars = science.metadata.get("stars")
-    if not isinstance(stars, np.ndarray) or not {"snr", "bits", "flux", "x", "y"} <= set(
+    if not isinstance(stars, np.ndarray) or not {"snr", "bits", "flux", "x", "y", "ref_index"} <= set(
         stars.dtype.names or ()
     ):
         return 0, 0
-    stars = stars[(stars["snr"] > 20) & (stars["bits"] == 0)]
+    stars = stars[(stars["snr"] > 20) & (stars["bits"] == 0) & (stars["ref_index"] >= 0)]
     stars = stars[np.argsort(-stars["flux"], kind="stable")][:MOST_STARS]
     ny, nx = science.shape
     x, y = stars["x"].round().astype(int).clip(0, nx - 1), stars["y"].round().astype(int).clip(0, ny - 1)

@@ -211,7 +211,7 @@ def _efd(site: Site, bus: Bus, clock: Clock) -> Service:
 
 
 def _watch(site: Site, bus: Bus, clock: Clock) -> Service:
-    from cumbre.telemetry.watch import Watch
+    from cumbre.archive.watch import Watch
 
     return Watch(site=site, bus=bus, clock=clock, db=site_database(site))
 

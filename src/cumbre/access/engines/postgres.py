@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,9 @@ from cumbre.access.limits import QueryCancelledError, QueryTooBigError, Watch
 from cumbre.core.errors import CumbreError, FatalError, TransientError, UserError
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa
+    from numpy.typing import NDArray
 
     from cumbre.access.planner import PixelCover, Plan
     from cumbre.stores.postgres import Database
@@ -35,7 +37,22 @@ class PostgresEngine:
         """Run a plan; nothing is asked of the server before the first batch is."""
         running = _Running(self._db, watch)
         sql = "" if max_rows == 0 else plan.sql(max_rows)
-        return Started(running.batches(plan, sql), running.cancel, running.close)
+        batches = running.batches(plan, sql)
+        if plan.covers:
+            batches = _first(batches, plan.most(max_rows), running.close)
+        return Started(batches, running.cancel, running.close)
+
+
+def _first(
+    batches: Iterator[pa.RecordBatch], most: int, stop: Callable[[], None]
+) -> Iterator[pa.RecordBatch]:
+    """So many rows at the most; then the query is stopped."""
+    for batch in batches:
+        yield batch.slice(0, most)
+        most -= batch.num_rows
+        if most <= 0:
+            stop()
+            return
 
 
 class _Running:
@@ -83,9 +100,9 @@ class _Running:
     def _prepare(self, link: psycopg.Connection[Any], plan: Plan | None) -> None:
         begin(link, self._watch)
         for memory in plan.memories if plan else ():
-            upload(link, memory.name, memory.rows())
+            upload(self._db, link, memory.name, memory.rows())
         for cover in plan.covers if plan else ():
-            _upload_cover(link, cover)
+            _upload_cover(self._db, link, cover)
         if plan is not None and plan.seed is not None:
             link.execute("SELECT setseed(%s)", (((plan.seed * 0.6180339887) % 2.0) - 1.0,))
         link.execute(b"SET LOCAL transaction_read_only = on")
@@ -159,28 +176,27 @@ def _sql_type(kind: pa.DataType) -> str:
     return scalars[kind]
 
 
-def upload(link: psycopg.Connection[Any], name: str, rows: pa.Table) -> None:
+def upload(db: Database, link: psycopg.Connection[Any], name: str, rows: pa.Table) -> None:
     """A table in memory as a temporary table with a row number."""
+    import numpy as np
+    import pyarrow as pa
+
     columns = [f"{quote(field.name)} {_sql_type(field.type)}" for field in rows.schema]
     link.execute(
         f"CREATE TEMPORARY TABLE {name} (adql_row integer, {', '.join(columns)}) ON COMMIT DROP".encode()
     )
-    listed = ", ".join(quote(field.name) for field in rows.schema)
-    with (
-        link.cursor() as cursor,
-        cursor.copy(f"COPY {name} (adql_row, {listed}) FROM STDIN".encode()) as stream,
-    ):
-        row = 0
-        for batch in rows.to_batches(max_chunksize=8192):
-            for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-                stream.write_row((row, *values))
-                row += 1
+    numbered = rows.add_column(0, "adql_row", pa.array(np.arange(rows.num_rows, dtype=np.int32)))
+    if any(pa.types.is_list(field.type) for field in rows.schema):
+        values = zip(*(column.to_pylist() for column in numbered.columns), strict=True)
+        db.copy(name, numbered.column_names, values, connection=link)
+    else:
+        db.copy(name, numbered.column_names, numbered, connection=link)
     link.execute(f"ANALYZE {name}".encode())
 
 
-def _upload_cover(link: psycopg.Connection[Any], cover: PixelCover) -> None:
-    """Ranges of order-29 pixels around each row of an upload."""
-    import numpy as np
+def _upload_cover(db: Database, link: psycopg.Connection[Any], cover: PixelCover) -> None:
+    """Ranges of order-29 pixels around each row of an upload, in the order of the sky."""
+    import pyarrow as pa
 
     from cumbre.access.pixels import neighbourhood
 
@@ -188,29 +204,38 @@ def _upload_cover(link: psycopg.Connection[Any], cover: PixelCover) -> None:
     ra, dec = (
         rows.column(name).cast("float64").to_numpy(zero_copy_only=False) for name in (cover.ra, cover.dec)
     )
-    pixels = neighbourhood(np.asarray(ra), np.asarray(dec), cover.order)
+    row, low, high = _joined(neighbourhood(ra, dec, cover.order))
     shift = 2 * (29 - cover.order)
     link.execute(
         f"CREATE TEMPORARY TABLE {cover.name} (adql_row integer, adql_low bigint, adql_high bigint)"
         " ON COMMIT DROP".encode()
     )
-    with link.cursor() as cursor, cursor.copy(f"COPY {cover.name} FROM STDIN".encode()) as stream:
-        for row, around in enumerate(pixels.tolist()):
-            for low, high in _joined([pixel for pixel in around if pixel >= 0]):
-                stream.write_row((row, low << shift, high << shift))
+    ranges = pa.table({"adql_row": row, "adql_low": low << shift, "adql_high": high << shift})
+    db.copy(cover.name, ranges.column_names, ranges, connection=link)
     link.execute(f"CREATE INDEX ON {cover.name} (adql_row)".encode())
     link.execute(f"ANALYZE {cover.name}".encode())
 
 
-def _joined(pixels: list[int]) -> list[tuple[int, int]]:
-    """Ranges of pixels, those side by side as one."""
-    out: list[tuple[int, int]] = []
-    for pixel in sorted(pixels):
-        if out and out[-1][1] == pixel:
-            out[-1] = (out[-1][0], pixel + 1)
-        else:
-            out.append((pixel, pixel + 1))
-    return out
+def _joined(pixels: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Row, begin and end of ranges of pixels, those side by side as one; sorted by begin.
+
+    Parameters
+    ----------
+    pixels
+        Of shape (row, 9), −1 for none.
+    """
+    import numpy as np
+
+    ordered = np.sort(pixels, axis=1)
+    row, place = np.nonzero(ordered >= 0)
+    pixel = ordered[row, place]
+    new = np.ones(len(pixel), dtype=bool)
+    new[1:] = (row[1:] != row[:-1]) | (pixel[1:] != pixel[:-1] + 1)
+    first = np.flatnonzero(new)
+    last = np.append(first[1:], len(pixel)) - 1 if len(first) else first
+    along = np.argsort(pixel[first], kind="stable")
+    first, last = first[along], last[along]
+    return row[first], pixel[first], pixel[last] + 1
 
 
 def explain(error: psycopg.Error, watch: Watch) -> CumbreError:

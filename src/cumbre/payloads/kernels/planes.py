@@ -168,8 +168,9 @@ def join_masks(  # type: ignore[no-untyped-def]
 ):
     """Mask of a difference; bit 1 of ``touched`` marks what the kernel reached.
 
-    Science bits without ``drop``; the template's ``kept_bit``; ``no_data`` where the template has one of ``gap_bits`` or the image is not finite;
-    ``sat_template`` where the template is saturated. Gives the mask and how many reached pixels remain unexplained.
+    Science bits without ``drop``; the template's ``kept_bit``; ``no_data`` where the template has one of ``gap_bits``
+    or the image is not finite; ``sat_template`` where the template is saturated. Gives the mask and how many reached
+    pixels remain unexplained.
     """
     out = np.empty(science.shape, np.uint16)
     open_ends = 0

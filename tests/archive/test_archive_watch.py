@@ -7,13 +7,13 @@ import time
 import pytest
 
 from cumbre.archive.alarms import active_alarms
+from cumbre.archive.watch import Watch
 from cumbre.bus import open_bus
 from cumbre.core.configuration import Site
 from cumbre.core.errors import TransientError
 from cumbre.core.time import Clock
 from cumbre.site.profiles import create_site
 from cumbre.telemetry import watch as watches
-from cumbre.telemetry.watch import Watch
 
 
 class World:
