@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from cumbre.archive import watch as watches
 from cumbre.archive.alarms import active_alarms
 from cumbre.archive.watch import Watch
 from cumbre.bus import open_bus
@@ -13,7 +14,6 @@ from cumbre.core.configuration import Site
 from cumbre.core.errors import TransientError
 from cumbre.core.time import Clock
 from cumbre.site.profiles import create_site
-from cumbre.telemetry import watch as watches
 
 
 class World:

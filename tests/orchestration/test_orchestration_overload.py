@@ -328,6 +328,7 @@ def test_by_daytime_only_in_the_mode_for_it(make):
 def test_by_daytime_new_objects_are_measured_on_earlier_images(make, database):
     world = make()
     Level1(database, world.clock)
+    LedgerService(site=world.site, bus=world.bus, db=world.db, clock=world.clock).close()
     database.execute(
         "INSERT INTO level1.precovery (dia_object_id, ra, dec, visit, detector, first_mjd_tai, queued_tai)"
         " VALUES (7, 10, -30, 1, 0, 61364, %s)",

@@ -107,7 +107,7 @@ def test_new_objects_are_measured_on_the_images_before(site, database):
     assert all(row["done_tai"] for row in queue)
 
     # no time at all: nothing is begun, nothing is said to be done
-    database.execute("UPDATE level1.precovery SET done_tai = NULL")
+    database.execute("UPDATE level1.precovery SET done_tai = NULL WHERE visit = %s", (visit_now,))
     hurried = Precovery(site.root, database, clock).run(budget_s=0.0)
     assert hurried["unfinished"] == len(new)
     assert hurried["objects"] + hurried["images"] == 0

@@ -120,7 +120,7 @@ def test_another_filter_is_an_outcome(sky, template):
         process(exposure, sky, template)
 
 
-@pytest.mark.parametrize(("shift", "part"), [(6, 0.5), (14, 0.5), (30, 0.3)])
+@pytest.mark.parametrize(("shift", "part"), [(6, 0.5), (14, 0.5), (30, 0.3), (30, 0.15)])
 def test_a_double_image_is_an_outcome(sky, template, shift, part):
     """The telescope jumped: a part of the light is some pixels away."""
     exposure = take(sky)

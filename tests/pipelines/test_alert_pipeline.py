@@ -192,9 +192,10 @@ def test_what_an_image_was_made_from_is_told(world, butler):
     assert "python" in butler.get("packages")
 
 
-def test_no_template_is_an_outcome_and_not_silence(world, butler):
+def test_no_template_is_an_outcome_and_not_silence(world, butler, caplog):
     """Only the raws and what was made of them are searched."""
     del butler
+    caplog.set_level("INFO")  # as pipetask sets it
     inputs_only = ["u/test/run", "DemoCam/raw/all"]
     assert run(world, "findChanges", out="u/test/bare", collections=inputs_only) == ["findChanges"]
     with Butler.from_config(world.repo, collections="u/test/bare") as made:
