@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING
 
 from cumbre.access.adql import tree
@@ -91,7 +91,7 @@ class Plan:
             # The planner takes a match on ranges for billions of rows: to give the first of them soon it would
             # look at every row of the catalogue. Who reads stops after those that are wanted.
             limit = None
-        return BoundQuery(self.query.sql, self.query.columns, limit, self.query.offset).whole()
+        return replace(self.query, limit=limit, matched=False).whole()
 
     def most(self, max_rows: int) -> int:
         """Rows after which nobody reads on."""
@@ -198,10 +198,17 @@ class _Planner:
     def _pixel_cover(self, relation: Relation, cover: Cover) -> str:
         """Ranges of pixels around the rows of an upload, made by the engine."""
         assert relation.table is not None
-        name = f"adql_cover_{relation.alias}_{cover.order}"
         memory = self.memories[relation.table.full_name]
-        if all(known.name != name for known in self.covers):
-            self.covers.append(PixelCover(name, memory, cover.order, cover.ra, cover.dec))
+        for known in self.covers:
+            if (known.memory.name, known.order, known.ra, known.dec) == (
+                memory.name,
+                cover.order,
+                cover.ra,
+                cover.dec,
+            ):
+                return known.name
+        name = f"adql_cover_{len(self.covers) + 1}"
+        self.covers.append(PixelCover(name, memory, cover.order, cover.ra, cover.dec))
         return name
 
     def _fetches(self, binder: QueryBinder) -> Iterator[Fetch]:

@@ -36,6 +36,8 @@ class BoundQuery:
         Without limit and offset when it is the outermost.
     columns
         Of the result; in the SQL they are called c1, c2, …
+    matched
+        Whether PostgreSQL joins ranges of pixels in it.
     """
 
     sql: str
@@ -43,10 +45,15 @@ class BoundQuery:
     limit: int | None = None
     offset: int | None = None
     position: Position | None = None
+    matched: bool = False
 
     def whole(self) -> str:
         """With its limit and offset."""
         text = self.sql
+        if self.matched and self.limit is not None:
+            # PostgreSQL takes a match on ranges for billions of rows, and would look at the whole catalogue to give
+            # the first few soon. A query that stands by itself is planned for all rows, and still ends with the limit.
+            text = f"WITH adql_matched AS MATERIALIZED ({text}) SELECT * FROM adql_matched"  # noqa: S608 (regenerated)
         if self.limit is not None:
             text += f" LIMIT {self.limit}"
         if self.offset:
@@ -96,6 +103,7 @@ class QueryBinder(ExpressionBinder):
     conditions: list[Condition] = field(default_factory=list)
     nullable: set[str] = field(default_factory=set)
     pushed: _Pushed | None = None
+    matches: int = 0  # on ranges of pixels, in PostgreSQL
 
     def statement(self, statement: tree.Statement) -> BoundQuery:
         """The whole statement."""
@@ -123,14 +131,18 @@ class QueryBinder(ExpressionBinder):
     # -- queries --
 
     def _query(self, node: tree.Query, outer: Scope) -> BoundQuery:
+        matches = self.matches
         if isinstance(node, tree.SetOperation):
-            return self._set_operation(node, outer)
-        before, pushed = self.scope, self.pushed
-        self.scope, self.pushed = Scope(outer=outer), None
-        try:
-            return self._select(node)
-        finally:
-            self.scope, self.pushed = before, pushed
+            bound = self._set_operation(node, outer)
+        else:
+            before, pushed = self.scope, self.pushed
+            self.scope, self.pushed = Scope(outer=outer), None
+            try:
+                bound = self._select(node)
+            finally:
+                self.scope, self.pushed = before, pushed
+        bound.matched = self.matches > matches
+        return bound
 
     def _set_operation(self, node: tree.SetOperation, outer: Scope) -> BoundQuery:
         left, right = self._query(node.left, outer), self._query(node.right, outer)
@@ -371,6 +383,7 @@ class QueryBinder(ExpressionBinder):
         if len(node.parts) == 1:
             for name, alias, bound in self.named.values():
                 if node.parts[0].matches(name.value):
+                    self.matches += bound.matched
                     return self._derived(node.alias or name, bound, alias)
         schema = node.parts[-2] if len(node.parts) > 1 else None
         name = node.parts[-1]
@@ -515,6 +528,7 @@ class QueryBinder(ExpressionBinder):
             return None
         around.cover = _cover(order, radius.constant, moved)
         if self.dialect.name == "postgres":
+            self.matches += 1
             return f"{pixel} >= {around.alias}.adql_low AND {pixel} < {around.alias}.adql_high"
         return f"({pixel} >> {2 * (29 - order)}) = {around.alias}.adql_pixel"
 
@@ -525,6 +539,8 @@ class QueryBinder(ExpressionBinder):
             return None  # rows without a number cannot be told apart
         if self.dialect.name == "postgres" and table.engine != "arrow":
             raise MatchNeedsDuckDBError
+        if self.dialect.name == "postgres":
+            self.matches += 1
         owner.attached = Attached(around, cover, pixel)
         return f"{owner.alias}.adql_of = {around.alias}.adql_row"
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import select
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -12,11 +13,18 @@ from psycopg.pq import ExecStatus
 from psycopg.pq.abc import PGconn, PGresult
 
 _LIST = 8192
-_WAIT_S = 60.0
+_WAIT_S = 1.0
 
 
-def copy_rows(link: psycopg.Connection[Any], statement: bytes) -> Iterator[list[Any]]:
+def copy_rows(
+    link: psycopg.Connection[Any], statement: bytes, cancelled: threading.Event | None = None
+) -> Iterator[list[Any]]:
     """Messages of a COPY: for binary format one a row, the first with the header, the last is the trailer.
+
+    Parameters
+    ----------
+    cancelled
+        Stops it in the server while it is waited for, also when a cancel request came before the server had begun.
 
     Raises
     ------
@@ -27,7 +35,7 @@ def copy_rows(link: psycopg.Connection[Any], statement: bytes) -> Iterator[list[
     pgconn.send_query(statement)
     finished = False
     try:
-        result = _result(pgconn)
+        result = _result(pgconn, lambda: _stop_if(cancelled, link))
         if result is None or result.status != ExecStatus.COPY_OUT:
             _raise(result)
         rows: list[Any] = []
@@ -43,11 +51,12 @@ def copy_rows(link: psycopg.Connection[Any], statement: bytes) -> Iterator[list[
                 rows = []
                 append = rows.append
             if size == 0:
+                _stop_if(cancelled, link)
                 _wait(pgconn)
                 pgconn.consume_input()
             elif size < 0:
                 break
-        result = _result(pgconn)
+        result = _result(pgconn, lambda: _stop_if(cancelled, link))
         finished = True
         if result is None or result.status != ExecStatus.COMMAND_OK:
             _raise(result)
@@ -58,21 +67,28 @@ def copy_rows(link: psycopg.Connection[Any], statement: bytes) -> Iterator[list[
             pass
 
 
+def _stop_if(cancelled: threading.Event | None, link: psycopg.Connection[Any]) -> None:
+    if cancelled is not None and cancelled.is_set():
+        with suppress(psycopg.Error):
+            link.cancel_safe(timeout=5)
+
+
 def _wait(pgconn: PGconn) -> None:
-    """Until something can be read."""
+    """Until something can be read, a second at the most."""
     poll = select.poll()
     poll.register(pgconn.socket, select.POLLIN)
     poll.poll(_WAIT_S * 1000)
 
 
-def _result(pgconn: PGconn) -> PGresult | None:
-    """The next result, once the server has sent it."""
+def _result(pgconn: PGconn, look: Callable[[], None] = lambda: None) -> PGresult | None:
+    """The next result, once the server has sent it; ``look`` is called now and then until it has."""
     while pgconn.flush():
         poll = select.poll()
         poll.register(pgconn.socket, select.POLLIN | select.POLLOUT)
         poll.poll(_WAIT_S * 1000)
         pgconn.consume_input()
     while pgconn.is_busy():
+        look()
         _wait(pgconn)
         pgconn.consume_input()
     return pgconn.get_result()

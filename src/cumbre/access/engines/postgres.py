@@ -84,7 +84,7 @@ class _Running:
                 try:
                     self._prepare(link, plan)
                     self._watch.check()
-                    yield from copy_out(link, sql, schema)
+                    yield from copy_out(link, sql, schema, self._watch.cancelled)
                 finally:
                     with self._lock:
                         self._link = None
@@ -152,9 +152,12 @@ def begin(link: psycopg.Connection[Any], watch: Watch) -> None:
     )
 
 
-def copy_out(link: psycopg.Connection[Any], sql: str, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+def copy_out(
+    link: psycopg.Connection[Any], sql: str, schema: pa.Schema, cancelled: threading.Event | None = None
+) -> Iterator[pa.RecordBatch]:
     """Rows of a query whose types are exactly the schema's."""
-    yield from read_batches(copy_rows(link, f"COPY ({sql}) TO STDOUT (FORMAT binary)".encode()), schema)
+    statement = f"COPY ({sql}) TO STDOUT (FORMAT binary)".encode()
+    yield from read_batches(copy_rows(link, statement, cancelled), schema)
 
 
 def _typed(sql: str, schema: pa.Schema) -> str:
