@@ -21,6 +21,7 @@ from cumbre.access.user import ANYBODY
 from support.pg import fresh_database
 
 RADIUS = 5.0
+LATER = "SELECT n, id FROM (SELECT TOP 20 n, id FROM q ORDER BY n, id OFFSET 3) AS r ORDER BY 1, 2"
 MATCH = "mine u JOIN stars s ON DISTANCE(u.ra, u.dec, s.ra, s.dec) < 5"
 
 
@@ -106,8 +107,7 @@ def test_maxrec_cuts_and_says_so_only_when_there_is_more(place: Place, offset: i
     [
         f"SELECT n, id FROM (SELECT TOP 20 u.n, s.id FROM {MATCH} ORDER BY u.n, s.id OFFSET 3) AS q ORDER BY 1, 2",
         f"WITH q AS (SELECT TOP 20 u.n, s.id FROM {MATCH} ORDER BY u.n, s.id OFFSET 3) SELECT n, id FROM q ORDER BY 1, 2",
-        f"WITH q AS (SELECT u.n, s.id FROM {MATCH})"
-        + " SELECT n, id FROM (SELECT TOP 20 n, id FROM q ORDER BY n, id OFFSET 3) AS r ORDER BY 1, 2",
+        f"WITH q AS (SELECT u.n, s.id FROM {MATCH}) {LATER}",
     ],
 )
 def test_top_inside(place: Place, adql: str) -> None:
