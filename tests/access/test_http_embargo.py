@@ -107,6 +107,12 @@ WAYS: dict[str, Look] = {
     "mosaic": got("/soda/sync", ID="{did}", CIRCLE="{circle}", COMBINE="MOSAIC"),
     "stack": got("/soda/sync", ID="{did}", CIRCLE="{circle}", COMBINE="STACK"),
     "cutout job": job("/soda/async", lambda obs: {"ID": did(obs), "CIRCLE": circle()}, "SIMPLE"),
+    "light curve": lambda client, obs: any(
+        line.endswith(f",{SOURCE[obs]}")
+        for line in client.get("/lightcurve/1", params={"RESPONSEFORMAT": "csv"}).text.splitlines()
+    ),
+    "cone": lambda client, obs: f"\n{SOURCE[obs]}," in client.get(
+        "/cone/level1.DiaSource", params={"RA": RA, "DEC": DEC, "SR": 1, "RESPONSEFORMAT": "csv"}).text,
     "alert": got("/alerts/{alert}"),
     "alert as text": got("/alerts/{alert}", RESPONSEFORMAT="json"),
 }  # fmt: skip

@@ -47,7 +47,9 @@ def status_of(site: Site) -> dict[str, Any]:
     web = site.root / "run" / "web.url"
     if state is not None and web.exists():
         urls["web"] = web.read_text().strip()
-        urls |= {name: urls["web"] + name for name in ("tap", "sia", "soda", "datalink", "cone")}
+        urls |= {
+            name: urls["web"] + name for name in ("tap", "sia", "soda", "datalink", "cone", "lightcurve")
+        }
     if site.config.bus.startswith("kafka://"):
         urls["kafka"] = site.config.bus
     return {

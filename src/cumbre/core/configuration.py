@@ -317,6 +317,25 @@ class Web(_Model):
     port: Annotated[int, Field(ge=0, le=65535, description="Port; 0 lets the system choose.")] = 0
 
 
+class QueryLimits(_Model):
+    """What one query may cost; null leaves it to the limits of everybody."""
+
+    seconds: Annotated[float | None, Field(gt=0, description="Time.")] = None
+    rows: Annotated[int | None, Field(gt=0, description="Rows of the result.")] = None
+    gigabytes: Annotated[
+        float | None, Field(gt=0, description="Of the result, and of what is brought between engines.")
+    ] = None
+    memory_mb: Annotated[int | None, Field(ge=64, description="Memory of the engine.")] = None
+
+
+class UserClass(_Model):
+    """Limits of a group of people, in the place of those of everybody."""
+
+    sync: Annotated[QueryLimits, Field(description="Queries answered at once.")] = QueryLimits()
+    job: Annotated[QueryLimits, Field(description="Asynchronous queries.")] = QueryLimits()
+    per_minute: Annotated[int | None, Field(ge=0, description="Requests a minute; 0 for none at all.")] = None
+
+
 class Access(_Model):
     """Data access: queries, images, who may ask how much."""
 
@@ -342,6 +361,13 @@ class Access(_Model):
         int, Field(gt=0, description="Requests a minute of one address without a token.")
     ] = 3000
     user_per_minute: Annotated[int, Field(gt=0, description="Requests a minute of one user.")] = 12000
+    classes: Annotated[
+        dict[str, UserClass],
+        Field(
+            description="Other limits for a group, or for `anonymous` (people without a token). Of several groups the "
+            "most generous limit counts."
+        ),
+    ] = {}
     issuer: Annotated[
         str | None, Field(description="OpenID provider for logins; null for the built-in one of one machine.")
     ] = None

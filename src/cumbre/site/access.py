@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cumbre.access.calibrations import FOLDER as CALIBRATIONS
 from cumbre.access.calibrations import CalibrationKeeper
+from cumbre.access.classes import UserClass
 from cumbre.access.engines import Engines
 from cumbre.access.http.login import Login, PageGuard
 from cumbre.access.http.service import AccessService, Settings
@@ -31,6 +32,7 @@ from cumbre.access.tokens_login import Logins
 from cumbre.access.user_tables import UserTables
 from cumbre.alerts.archive import FOLDER as ALERTS
 from cumbre.alerts.archive import AlertArchive
+from cumbre.core import configuration
 from cumbre.core.configuration import Site
 from cumbre.core.errors import CumbreError
 from cumbre.core.time import Clock
@@ -43,8 +45,6 @@ log = logging.getLogger(__name__)
 
 UPKEEP_S = 20.0
 PROVIDER_PATH = "/idp"
-SERVICES = ("tap", "sia", "soda", "datalink", "cone")
-"""Paths below the web service's address."""
 
 
 class SiteAccess:
@@ -192,4 +192,19 @@ def settings_of(site: Site) -> Settings:
         retention=timedelta(days=config.job_days), job_threads=config.jobs,
         regenerated_bytes=int(config.regenerated_gb * (1 << 30)),
         anonymous_per_minute=config.anonymous_per_minute, user_per_minute=config.user_per_minute,
+        classes={name: _class_of(given) for name, given in config.classes.items()},
     )  # fmt: skip
+
+
+def _class_of(given: configuration.UserClass) -> UserClass:
+    def changes(limits: configuration.QueryLimits) -> dict[str, float]:
+        size = None if limits.gigabytes is None else limits.gigabytes * (1 << 30)
+        values = {
+            "seconds": limits.seconds,
+            "rows": limits.rows,
+            "bytes": size,
+            "memory_mb": limits.memory_mb,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+    return UserClass(changes(given.sync), changes(given.job), given.per_minute)

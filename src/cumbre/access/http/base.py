@@ -317,14 +317,13 @@ class Gate:
         Of the site.
     pool
         Threads for the database work of requests.
-    anonymous_per_minute, user_per_minute
-        Limits of requests.
+    per_minute
+        How many requests somebody may make.
     """
 
     identity: Identity
     pool: Executor
-    anonymous_per_minute: int
-    user_per_minute: int
+    per_minute: Callable[[Principal], int]
 
     def endpoint(
         self, handler: Handler, *, scope: str, error: ErrorDocument = dali_error
@@ -390,7 +389,11 @@ class Gate:
             raise
         if who.is_administrator:
             return who, {}
-        limit = self.anonymous_per_minute if who.is_anonymous else self.user_per_minute
+        limit = self.per_minute(who)
+        if limit == 0:
+            raise AuthorizationError(
+                f"{who.owner}: requests are not allowed here; ask the administrators of this site"
+            )
         return who, self.identity.count_request(who, REQUEST_WINDOW, limit).headers()
 
 

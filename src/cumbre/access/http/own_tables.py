@@ -79,7 +79,7 @@ class OwnTables:
         jobs = [
             JobFace(
                 service=service, path=f"tap/{path}", scope=SCOPE, store=self.store, runner=runner, gate=self.gate,
-                pool=self.pool, make=make, max_execution_s=int(self.tap.job_limits.seconds),
+                pool=self.pool, make=make, max_execution_s=self.tap.longest_job_s,
                 body_limit=MAX_DEFINITION_BYTES,
             )
             for service, path, make in ((UPDATE, "table-update", self.make_update), (SAVE, "save", self.make_save))
@@ -161,7 +161,7 @@ class OwnTables:
 
     def _make(self, service: str, parameters: Parameters, who: Principal) -> Job:
         pairs = [pair for pair in parameters.pairs if pair[0].upper() not in ("PHASE", "ACTION")]
-        return self.store.create(service, who, pairs, execution_s=int(self.tap.job_limits.seconds))
+        return self.store.create(service, who, pairs, execution_s=self.tap.longest_job_s(who))
 
     def work_update(self, job: Job, context: JobContext) -> list[JobResult]:
         """Index a column."""
@@ -180,7 +180,9 @@ class OwnTables:
         given = Parameters(list(job.parameters))
         account, name = account_of(job.principal), given.required("TABLE")
         question = Question.of(given)
-        with self.tap.start(question, job.principal, self.tap.job_limits, {}, context.cancelled) as result:
+        with self.tap.start(
+            question, job.principal, self.tap.allowed.job_limits(job.principal), {}, context.cancelled
+        ) as result:
             # pixels are made anew where there is a position; a copied column of them would be in its way
             columns = [column for column in result.columns if column.name.lower() != "hpx29"]
             made = self.tables.create(account, name, columns, f"Saved query: {question.adql}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -12,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
+from cumbre.access.classes import Allowed, UserClass
 from cumbre.access.http import images, tap, vosi
 from cumbre.access.http.alerts import Alerts
 from cumbre.access.http.base import (
@@ -29,6 +31,7 @@ from cumbre.access.http.cone import Cone, cone_error
 from cumbre.access.http.examples import examples_for
 from cumbre.access.http.hips import Hips
 from cumbre.access.http.images import Images
+from cumbre.access.http.light_curve import LightCurves
 from cumbre.access.http.own_tables import SAVE, UPDATE, OwnTables
 from cumbre.access.http.sia import Sia
 from cumbre.access.http.stream import Lanes
@@ -73,6 +76,8 @@ class Settings:
         Most bytes of images that were made again and are kept.
     anonymous_per_minute, user_per_minute
         Requests of one address without a token, and of one account.
+    classes
+        Other limits for groups.
     """
 
     sync_limits: Limits = field(default_factory=Limits)
@@ -83,6 +88,13 @@ class Settings:
     regenerated_bytes: int = 20 << 30
     anonymous_per_minute: int = 3000
     user_per_minute: int = 12000
+    classes: Mapping[str, UserClass] = field(default_factory=dict)
+
+    def allowed(self) -> Allowed:
+        """Who may do how much."""
+        return Allowed(
+            self.sync_limits, self.job_limits, self.anonymous_per_minute, self.user_per_minute, self.classes
+        )
 
 
 class AccessService:
@@ -123,12 +135,11 @@ class AccessService:
         self.store = JobStore(db, root / RESULTS_FOLDER, retention=self.settings.retention)
         self.requests = ThreadPoolExecutor(REQUEST_THREADS, thread_name_prefix="request")
         self.queries = ThreadPoolExecutor(QUERY_THREADS, thread_name_prefix="query")
-        self.gate = Gate(
-            self.identity, self.requests, self.settings.anonymous_per_minute, self.settings.user_per_minute
-        )
+        allowed = self.settings.allowed()
+        self.gate = Gate(self.identity, self.requests, allowed.per_minute)
         self.tap = Tap(
-            tables, engines, self.identity, self.store, self.queries, Lanes(), self.settings.sync_limits,
-            self.settings.job_limits, self.settings.upload_bytes,
+            tables, engines, self.identity, self.store, self.queries, Lanes(), allowed,
+            self.settings.upload_bytes,
         )  # fmt: skip
         work: dict[str, Work] = {tap.SERVICE: self.tap.work}
         self.images = None
@@ -178,9 +189,12 @@ class AccessService:
 
     def _cone_routes(self) -> list[Route]:
         search = self.gate.endpoint(Cone(self.tap).search, scope="read:tap", error=cone_error)
+        curve = self.gate.endpoint(LightCurves(self.tap).curve, scope="read:tap", error=votable_error)
         return [
             Route("/cone", search, methods=["GET", "POST"]),
             Route("/cone/{table}", search, methods=["GET", "POST"]),
+            Route("/lightcurve", curve, methods=["GET", "POST"]),
+            Route("/lightcurve/{object}", curve, methods=["GET"]),
         ]
 
     def _image_routes(self, face: Images) -> list[Route]:
@@ -189,7 +203,7 @@ class AccessService:
 
         jobs = JobFace(
             service=images.SERVICE, path="soda/async", scope="read:image", store=self.store, runner=self.runner,
-            gate=self.gate, pool=self.requests, make=face.make_job, max_execution_s=600, body_limit=MAX_LINKS_BYTES,
+            gate=self.gate, pool=self.requests, make=face.make_job, max_execution_s=lambda _who: 600, body_limit=MAX_LINKS_BYTES,
             error=dali_error,
         )  # fmt: skip
         sia, soda, links = (
@@ -224,7 +238,7 @@ class AccessService:
         jobs = JobFace(
             service=tap.SERVICE, path="tap/async", scope="read:tap", store=self.store, runner=self.runner,
             gate=self.gate, pool=self.requests, make=self.tap.make_job,
-            max_execution_s=int(self.settings.job_limits.seconds), body_limit=self.settings.upload_bytes,
+            max_execution_s=self.tap.longest_job_s, body_limit=self.settings.upload_bytes,
         )  # fmt: skip
         return [
             tap_route("/tap/sync", self.tap.sync, ["GET", "POST"]),
@@ -247,8 +261,8 @@ class AccessService:
     async def _tap_capabilities(self, request: Request, who: Principal) -> Response:
         base = base_url(request, "tap")
         first = await in_pool(
-            self.requests, vosi.tap_capability, base, self.tables, user_of(who), self.settings.job_limits,
-            self.settings.sync_limits, self.settings.retention, self.settings.upload_bytes,
+            self.requests, vosi.tap_capability, base, self.tables, user_of(who), self.tap.allowed.job_limits(who),
+            self.tap.allowed.sync_limits(who), self.settings.retention, self.settings.upload_bytes,
         )  # fmt: skip
         services = (
             vosi.Service("ivo://ivoa.net/std/VOSI#tables-1.1", "tables", use="full"),

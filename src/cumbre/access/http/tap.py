@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from cumbre.access.classes import Allowed
 from cumbre.access.http.base import (
     Parameters,
     TooLargeError,
@@ -130,8 +131,8 @@ class Tap:
     ----------
     tables, engines
         What can be asked and who runs it.
-    sync_limits, job_limits
-        What a query may cost in each mode.
+    allowed
+        What a query may cost in each mode, for whom.
     upload_bytes
         Most bytes of one request.
     upload_hosts
@@ -144,8 +145,7 @@ class Tap:
     store: JobStore
     pool: Executor
     lanes: Lanes
-    sync_limits: Limits
-    job_limits: Limits
+    allowed: Allowed
     upload_bytes: int
     upload_hosts: frozenset[str] = frozenset()
 
@@ -187,7 +187,7 @@ class Tap:
         def work(pipe: Pipe) -> None:
             with self.lanes.place(stop) as pushed_out:
                 uploads = {name: read_table(content, name) for name, content in (files or {}).items()}
-                result = self.start(question, who, self.sync_limits, uploads, stop.told)
+                result = self.start(question, who, self.allowed.sync_limits(who), uploads, stop.told)
                 if describe is not None:
                     result.columns = tuple(describe(column) for column in result.columns)
                 stop.watch(result)
@@ -273,8 +273,12 @@ class Tap:
             write_atomic(self._upload_path(job_id, name), content)
         return self.store.create(
             SERVICE, who, [pair for pair in parameters.pairs if pair[0].upper() not in ("PHASE", "ACTION")],
-            execution_s=int(self.job_limits.seconds), run_id=parameters.value("RUNID"), job_id=job_id,
+            execution_s=self.longest_job_s(who), run_id=parameters.value("RUNID"), job_id=job_id,
         )  # fmt: skip
+
+    def longest_job_s(self, who: Principal) -> int:
+        """Seconds that a job of this one may take."""
+        return int(self.allowed.job_limits(who).seconds)
 
     def _upload_path(self, job_id: str, name: str) -> Path:
         return self.store.job_folder(job_id) / "uploads" / name.lower()
@@ -294,7 +298,7 @@ class Tap:
             if not path.is_file():
                 raise ConflictError(f"upload {name} was never sent with this job; make a new job with it")
             uploads[name] = read_table(path.read_bytes(), name)
-        limits = replace(self.job_limits, seconds=float(job.execution_s))
+        limits = replace(self.allowed.job_limits(job.principal), seconds=float(job.execution_s))
         result = self.start(question, job.principal, limits, uploads, context.cancelled)
         context.on_cancel(result.cancel)
         target = context.folder / f"result.{question.form.extension}"

@@ -58,7 +58,7 @@ class JobFace:
     check
         Looks at a job's parameters before it is queued; may refuse.
     max_execution_s
-        Most seconds that a client may ask for.
+        Most seconds that somebody may ask for.
     """
 
     service: str
@@ -69,7 +69,7 @@ class JobFace:
     gate: Gate
     pool: Executor
     make: Callable[[Parameters, Principal], Job]
-    max_execution_s: int
+    max_execution_s: Callable[[Principal], int]
     body_limit: int
     error: ErrorDocument = votable_error
 
@@ -190,7 +190,8 @@ class JobFace:
         seconds = (await read_parameters(request)).integer("EXECUTIONDURATION")
         if seconds is None:
             raise UsageError("the parameter EXECUTIONDURATION is missing")
-        kept = min(seconds, self.max_execution_s) or self.max_execution_s
+        most = self.max_execution_s(who)
+        kept = min(seconds, most) or most
         await self._do(self.store.set_execution, job, kept)
         return self._to_job(request, job.job_id)
 
