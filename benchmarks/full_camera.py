@@ -200,7 +200,7 @@ class Watcher:
         self.last = "archive_tape" if tape else "at_archive"
         self.pool = Pool(instrument)
         self._site, self._stop = site, threading.Event()
-        self._threads = [threading.Thread(target=self._watch), threading.Thread(target=self._beat)]
+        self._threads = [threading.Thread(target=act, daemon=True) for act in (self._watch, self._beat)]
         for thread in self._threads:
             thread.start()
 
