@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
 from cumbre.cli.benchmark import benchmark
 from cumbre.site.access_benchmark import running
+from cumbre.site.access_catalogue import server_of
+from cumbre.site.access_peer import Peer
+from cumbre.stores.postgres import Database
 
 ROWS = 20_000
 
@@ -25,7 +29,7 @@ def run(work: Path) -> dict[str, dict[str, float]]:
         "--big",
         "2",
         "--seconds",
-        "2",
+        "6",
         "--json",
     ]
     answer = CliRunner().invoke(benchmark, command)
@@ -50,6 +54,17 @@ def test_every_figure_is_there_and_the_data_are_made_once(tmp_path: Path) -> Non
     assert crowd["failures"] == 0, crowd["reasons"]
     assert crowd["small"] > 0
     assert crowd["big"] > 0
+    server = server_of(tmp_path, ROWS)
+    db = Database(server.start())
+    db.execute("TRUNCATE cat.object")  # as PostgreSQL does when it was killed
+    db.close()
+    server.stop()
     with running(tmp_path, ROWS, ROWS // 10) as bench:
+        peer = Peer(f"{bench.url}/tap", ROWS, "pg.object")
+        told = {name: step() for name, step in peer.steps(bench.positions(100), 2 / 3600).items()}
+        assert len(told) == 6
+        assert told["peer: BINARY2"]["bytes_per_row"] == pytest.approx(106, abs=1)
+        with pytest.raises(RuntimeError, match=f"has {ROWS} rows, expected the 5"):
+            Peer(bench.url, 5, "pg.object")
         assert b"20000" in bench.ask("SELECT count(*) FROM files.object", RESPONSEFORMAT="csv")["start"]
     assert all((tmp_path / name).stat().st_mtime_ns == at for name, at in made.items())

@@ -49,10 +49,12 @@ def benchmark() -> None:
     "--big", type=click.IntRange(0, 50), default=4, show_default=True, help="Of them, those who ask for much."
 )
 @click.option("--seconds", type=float, default=20.0, show_default=True, help="How long they ask.")
+@click.option("--peer", help="Address of another TAP service with the same rows (benchmarks/dachs.rd).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def access(
-    rows: int, work: Path | None, outlines: int | None, clients: int, big: int, seconds: float, as_json: bool
-) -> None:
+    rows: int, work: Path | None, outlines: int | None, clients: int, big: int, seconds: float, peer: str | None,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Queries over HTTP beside the bare engines, cutouts, jobs, and many clients at once.
 
     The first run makes the data, 250 MB and 20 seconds for each million rows; with --work later runs take them from
@@ -62,6 +64,7 @@ def access(
     Examples:
       cumbre benchmark access
       cumbre benchmark access --rows 10_000_000 --work /tmp/bench --seconds 600 --json
+      cumbre benchmark access --work /tmp/bench --peer http://127.0.0.1:8080/tap
     """
     from cumbre.site.access_benchmark import WANTED, run
 
@@ -73,7 +76,7 @@ def access(
     with tempfile.TemporaryDirectory(prefix="cumbre-bench-") as temporary:
         figures = run(
             (work or Path(temporary)).resolve(), rows, outlines=outlines or max(rows // 10, 1), clients=clients, big=big,
-            seconds=seconds, tell=tell,
+            seconds=seconds, peer=peer, tell=tell,
         )  # fmt: skip
     if as_json:
         print_json(figures)

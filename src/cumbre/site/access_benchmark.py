@@ -8,9 +8,9 @@ same work by the bare engine in this process.
 # ruff: noqa: S608 (queries of our own names and numbers)
 from __future__ import annotations
 
-import http.client
 import io
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -31,11 +31,12 @@ from cumbre.access.planner import make_plan
 from cumbre.access.tables import Tables
 from cumbre.access.user import ANYBODY
 from cumbre.site import access_catalogue as catalogue
+from cumbre.site.access_client import CONES, JOBS, Service, centres, multipart
 from cumbre.site.access_load import crowd
+from cumbre.site.access_peer import Peer
 from cumbre.stores.postgres import Database
 
 START_S = 1800.0
-CONES = 40
 MATCH_DEG = 2 / 3600
 WANTED = {
     "cone 0.1 deg, pg": "median < 30 ms", "cone 0.1 deg, files": "median < 30 ms",
@@ -74,62 +75,20 @@ class Meter:
         return int(self._service.memory_info().rss) >> 20
 
 
-class Bench:
+class Bench(Service):
     """The running service, and the bare engines beside it."""
 
     def __init__(self, url: str, authority: str, work: Path, rows: int, db: Database, meter: Meter) -> None:
+        super().__init__(url)
         self.url, self.authority, self.rows, self.db, self.meter = url, authority, rows, db, meter
         self.parquet = catalogue.parquet_of(work, rows)
         self.tables = Tables(catalogue.tables_of(work, rows))
-        self._host = urllib.parse.urlsplit(url).netloc
-
-    # through HTTP
-
-    def fetch(
-        self, path: str, form: dict[str, str] | None = None, body: bytes = b"", kind: str = ""
-    ) -> dict[str, Any]:
-        """One request: seconds to the first byte and to the last, bytes, the end of the document."""
-        link = http.client.HTTPConnection(self._host, timeout=600)
-        content = urllib.parse.urlencode(form).encode() if form is not None else body
-        headers = {"Content-Type": kind or "application/x-www-form-urlencoded"} if content else {}
-        begin = time.perf_counter()
-        link.request("POST" if content else "GET", path, content or None, headers)
-        answer = link.getresponse()
-        buffer, size, first, end, start = memoryview(bytearray(1 << 20)), 0, 0.0, b"", b""
-        while count := answer.readinto(buffer):
-            first = first or time.perf_counter() - begin
-            size += count
-            if len(start) < 4096:
-                start += bytes(buffer[: min(count, 4096)])
-            end = (end + bytes(buffer[max(0, count - 300) : count]))[-300:]
-        seconds = time.perf_counter() - begin
-        link.close()
-        if answer.status >= 400 or b'value="ERROR"' in end:
-            raise RuntimeError(f"{path}: {answer.status} {start[:400]!r} {end!r}")
-        return {
-            "seconds": seconds,
-            "first": first,
-            "bytes": size,
-            "end": end,
-            "start": start,
-            "answer": answer,
-        }
-
-    def ask(self, query: str, **more: str) -> dict[str, Any]:
-        """A query answered at once."""
-        return self.fetch("/tap/sync", {"LANG": "ADQL", "QUERY": query} | more)
 
     def many(self, calls: list[Callable[[], dict[str, Any]]]) -> dict[str, float]:
         """Wall times of many small requests, and processor time of one."""
-        calls[0]()
         cpu = self.meter.seconds()
-        times = sorted(call()["seconds"] for call in calls)
-        return {
-            "median_ms": round(1000 * statistics.median(times), 1),
-            "p95_ms": round(1000 * times[int(0.95 * (len(times) - 1))], 1),
-            "best_ms": round(1000 * times[0], 1),
-            "cpu_ms": round(1000 * (self.meter.seconds() - cpu) / len(calls), 1),
-        }
+        found = self.times(calls)
+        return found | {"cpu_ms": round(1000 * (self.meter.seconds() - cpu) / (len(calls) + 1), 1)}
 
     # bare
 
@@ -159,11 +118,10 @@ class Bench:
 
     def cones(self, schema: str, radius: float) -> dict[str, float]:
         """Cones as VOTables over HTTP, and their bare SQL."""
-        rng = np.random.default_rng(7)
-        queries = []
-        for ra, z in zip(rng.uniform(0, 360, CONES), rng.uniform(-1, 1, CONES), strict=True):
-            place = f"{ra}, {np.degrees(np.arcsin(z))}"
-            queries.append(f"SELECT * FROM {schema}.object WHERE DISTANCE(ra, dec, {place}) < {radius}")
+        queries = [
+            f"SELECT * FROM {schema}.object WHERE DISTANCE(ra, dec, {ra}, {dec}) < {radius}"
+            for ra, dec in centres()
+        ]
         found = self.many([lambda q=query: self.ask(q) for query in queries])  # type: ignore[misc]
         plans = [self.sql(query) for query in queries]
         self.bare(schema, plans[0])
@@ -223,18 +181,24 @@ class Bench:
             "cpu_ratio": round(min(ours_cpu) / min(bare_cpu), 2),
         }  # fmt: skip
 
-    def match(self, schema: str, count: int) -> dict[str, float]:
-        """Positions near rows of the catalogue, uploaded as Parquet and matched at 2 arc seconds."""
+    def positions(self, count: int) -> pa.Table:
+        """Positions one arc second from rows of the catalogue."""
         rng = np.random.default_rng(3)
         rows = np.sort(rng.choice(self.rows, count, replace=False))
         picked = pq.read_table(self.parquet, columns=["ra", "dec"]).take(pa.array(rows))
         dec = np.clip(picked.column("dec").to_numpy() + 1 / 3600, -90, 90)
-        upload = pa.table({"n": np.arange(count), "ra": picked.column("ra").to_numpy(), "dec": dec})
+        return pa.table({"n": np.arange(count), "ra": picked.column("ra").to_numpy(), "dec": dec})
+
+    def match(self, schema: str, count: int) -> dict[str, float]:
+        """Positions near rows of the catalogue, uploaded as Parquet and matched at 2 arc seconds."""
+        upload = self.positions(count)
         query = (
             f"SELECT u.n, o.objectId FROM TAP_UPLOAD.mine AS u JOIN {schema}.object AS o"
             f" ON DISTANCE(u.ra, u.dec, o.ra, o.dec) < {MATCH_DEG}"
         )
-        body, kind = _multipart(query, upload)
+        parquet = io.BytesIO()
+        pq.write_table(upload, parquet)
+        body, kind = multipart(query, parquet.getvalue(), "mine.parquet")
         times, used, answer = [], [], {}
         for _ in range(3):
             cpu = self.meter.seconds()
@@ -263,22 +227,8 @@ class Bench:
         )
 
     def job(self) -> dict[str, float]:
-        """An asynchronous job from its making to its result."""
-
-        def once() -> dict[str, Any]:
-            begin = time.perf_counter()
-            made = self.fetch(
-                "/tap/async",
-                {"LANG": "ADQL", "QUERY": "SELECT count(*) AS n FROM tap_schema.schemas", "PHASE": "RUN"},
-            )
-            path = urllib.parse.urlsplit(made["answer"].getheader("Location")).path
-            while not self.fetch(f"{path}?WAIT=10")["start"].count(b">COMPLETED<"):
-                if time.perf_counter() - begin > 60:
-                    raise RuntimeError("the job does not end")
-            self.fetch(f"{path}/results/result")
-            return {"seconds": time.perf_counter() - begin}
-
-        return self.many([once] * 15)
+        """Asynchronous jobs from their making to their result."""
+        return self.many([lambda: self.one_job("SELECT count(*) AS n FROM tap_schema.schemas")] * JOBS)
 
     def cutouts(self) -> dict[str, float]:
         """200 × 200 pixels of a compressed image of a large camera, at different places of it."""
@@ -308,18 +258,6 @@ class Bench:
             for ra, dec in zip(rng.uniform(0, 360, CONES), rng.uniform(-70, 70, CONES), strict=True)
         ]
         return self.many([lambda q=query: self.ask(q) for query in queries])  # type: ignore[misc]
-
-
-def _multipart(query: str, upload: pa.Table) -> tuple[bytes, str]:
-    """A form with an uploaded table."""
-    parquet = io.BytesIO()
-    pq.write_table(upload, parquet)
-    parts = {"LANG": "ADQL", "UPLOAD": "mine,param:mine", "QUERY": query}
-    head = "".join(
-        f'--b\r\nContent-Disposition: form-data; name="{k}"\r\n\r\n{v}\r\n' for k, v in parts.items()
-    )
-    head += '--b\r\nContent-Disposition: form-data; name="mine"; filename="mine.parquet"\r\n\r\n'
-    return head.encode() + parquet.getvalue() + b"\r\n--b--\r\n", "multipart/form-data; boundary=b"
 
 
 @contextmanager
@@ -356,9 +294,16 @@ def run(
     clients: int,
     big: int,
     seconds: float,
+    peer: str | None = None,
     tell: Callable[[str, Any], None] = lambda *_: None,
 ) -> dict[str, Any]:
-    """All figures; ``tell`` gets each as soon as it is known."""
+    """All figures, each with the load of the machine when it ended; ``tell`` gets each as soon as it is known.
+
+    Parameters
+    ----------
+    peer
+        Address of another TAP service with the same rows as ``cat.object``.
+    """
     begin = time.perf_counter()
     with running(work, rows, outlines) as bench:
         figures: dict[str, Any] = {"rows": rows, "preparation_s": round(time.perf_counter() - begin, 1)}
@@ -387,8 +332,11 @@ def run(
             f"outlines of {outlines:,}": bench.outlines,
             "crowd": lambda: crowd(bench.url, rows, clients=clients, big=big, seconds=seconds),
         }
+        if peer is not None:
+            beside = Peer(peer, rows).steps(bench.positions(min(50_000, rows // 10)), MATCH_DEG)
+            steps = beside | steps
         for name, step in steps.items():
-            figures[name] = step()
+            figures[name] = step() | {"load": round(os.getloadavg()[0], 2)}
             tell(name, figures[name])
         figures["service_mb"] = bench.meter.memory_mb()
     return figures

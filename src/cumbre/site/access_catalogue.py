@@ -92,7 +92,8 @@ def _once(db: Database, name: str) -> bool:
 
 def fill_catalogue(db: Database, parquet: Path) -> None:
     """The same rows in PostgreSQL."""
-    if not _once(db, "ready"):
+    # a server that was killed empties tables without a log
+    if not _once(db, "ready") and db.execute("SELECT 1 FROM cat.object LIMIT 1"):
         return
     listed = ", ".join(f'"{c.stored_name}" {_KINDS[c.datatype]}' for c in COLUMNS)
     db.execute(

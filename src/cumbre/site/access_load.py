@@ -33,10 +33,13 @@ class Tally:
 
     def summary(self) -> dict[str, Any]:
         """Percentiles and counts."""
-        ordered = sorted(self.small) or [float("nan")]
+        ordered = sorted(self.small)
+
+        def at(part: float) -> float | None:
+            return round(ordered[int(part * (len(ordered) - 1))], 3) if ordered else None
+
         return {
-            "small": len(self.small), "small_p50_s": round(statistics.median(ordered), 3),
-            "small_p95_s": round(ordered[int(0.95 * (len(ordered) - 1))], 3), "small_worst_s": round(ordered[-1], 3),
+            "small": len(ordered), "small_p50_s": at(0.5), "small_p95_s": at(0.95), "small_worst_s": at(1.0),
             "big": len(self.big), "big_mean_s": round(statistics.fmean(self.big), 2) if self.big else None,
             "received_mb": self.received >> 20, "failures": len(self.failures), "reasons": self.failures[:5],
         }  # fmt: skip

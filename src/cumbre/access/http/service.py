@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from cumbre.access.classes import Allowed, UserClass
@@ -32,6 +32,7 @@ from cumbre.access.http.examples import examples_for
 from cumbre.access.http.hips import Hips
 from cumbre.access.http.images import Images
 from cumbre.access.http.light_curve import LightCurves
+from cumbre.access.http.openapi import openapi
 from cumbre.access.http.own_tables import SAVE, UPDATE, OwnTables
 from cumbre.access.http.sia import Sia
 from cumbre.access.http.stream import Lanes
@@ -177,7 +178,7 @@ class AccessService:
 
     def routes(self) -> list[Route]:
         """Every route, to be mounted at the root of a server."""
-        routes = [*self._tap_routes(), *self._cone_routes()]
+        routes = [*self._tap_routes(), *self._cone_routes(), self._text("/openapi.json", self._openapi)]
         if self.images is not None:
             routes += self._image_routes(self.images)
         if self.alerts is not None:
@@ -253,6 +254,10 @@ class AccessService:
 
     def _text(self, path: str, handler: Any) -> Route:
         return Route(path, self.gate.endpoint(handler, scope="read:tap", error=dali_error), methods=["GET"])
+
+    async def _openapi(self, request: Request, who: Principal) -> Response:
+        del who
+        return JSONResponse(openapi(str(request.base_url).rstrip("/")))
 
     async def _to_capabilities(self, request: Request, who: Principal) -> Response:
         del who
