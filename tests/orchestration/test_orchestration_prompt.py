@@ -82,8 +82,8 @@ def test_timeout_counts_from_the_read_out(state):
 
 def test_cancelled_visit_is_not_waited_for(state):
     state.announced(VISIT, NIGHT, NIGHT)
-    assert state.canceled(GROUP) == [DropPreload(GROUP, 0), DropPreload(GROUP, 1)]
-    assert state.canceled("unknown") == []
+    assert state.canceled(GROUP, NIGHT) == [DropPreload(GROUP, 0), DropPreload(GROUP, 1)]
+    assert state.canceled("unknown", NIGHT) == []
     assert state.tick(NIGHT + 900) == []
     assert len(state.at_archive(_image(), NIGHT + 60)) == 1
 
@@ -128,7 +128,7 @@ def test_any_order_of_messages_processes_each_image_once(story):
             visit = AnnouncedVisit(group, "DemoCam", 1.0, 2.0, 0.0, "r", now + 22, 30.0, 1, "a")
             made = state.announced(visit, now, now)
         elif word == "cancel":
-            made = state.canceled(group)
+            made = state.canceled(group, now)
         elif word == "image":
             sent.add((f"obs{number}", rest[0]))
             made = state.at_archive(_image(rest[0], f"obs{number}", group), now)

@@ -78,9 +78,9 @@ class PlanKeeper:
         rows = [
             self._row(
                 told["instrument"], number, told["startTai"][i], now_tai, ra=told["ra"][i], dec=told["decl"][i],
-                rotation=told["rotation"][i], filter_name=told["filter"][i], duration_s=told["exposureTime"][i],
-                survey=told["survey"][i],
-            )
+                rotation=told["rotation"][i], filter_name=told["filter"][i],
+                duration_s=(told["duration"] or told["exposureTime"])[i], survey=told["survey"][i],
+            ) | {"exposures": told["nimages"][i] if told["nimages"] else None}
             for i, number in enumerate(told["targetId"])
         ]  # fmt: skip
         with self._db.connection() as link:

@@ -210,11 +210,12 @@ def _views() -> tuple[_View, ...]:
         p.em_min, p.em_max, {_POWER} AS em_res_power, 'phot.count'::text AS o_ucd, NULL::text AS pol_states,
         NULL::int AS pol_xel, {setting("observatory")} AS facility_name, p.instrument AS instrument_name,
         p.duration_s AS t_plan_exptime, 'Fixed'::text AS category, 1::int AS priority,
-        CASE WHEN i.end_tai IS NOT NULL THEN 'Performed' WHEN p.cancelled THEN 'Aborted'
+        CASE WHEN i.n_ended >= coalesce(nullif(p.exposures, 0), 1) THEN 'Performed' WHEN p.cancelled THEN 'Aborted'
         WHEN p.group_id IS NULL THEN 'Planned' ELSE 'Scheduled' END
         AS execution_status, 'Sidereal'::text AS tracking_type, p.group_id
         FROM access.plan p LEFT JOIN (SELECT group_id, min(begin_tai) AS begin_tai, max(end_tai) AS end_tai,
-        sum(exposure_s) AS exposure_s FROM ledger.image WHERE group_id <> '' GROUP BY group_id) i USING (group_id)"""  # noqa: S608
+        sum(exposure_s) AS exposure_s,
+        count(end_tai) AS n_ended FROM ledger.image WHERE group_id <> '' GROUP BY group_id) i USING (group_id)"""  # noqa: S608
     standard = (
         _View(
             Table("ivoa", "obscore", columns["obscore"], "Every image of the sky (ObsCore 1.1).",

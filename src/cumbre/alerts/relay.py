@@ -23,11 +23,19 @@ WHERE sent_tai IS NULL ORDER BY sequence LIMIT %s
 """
 _MARK = "UPDATE level1.alert_outbox SET sent_tai = %s WHERE sequence = ANY(%s) AND sent_tai IS NULL"
 _FINISHED = """
-SELECT v.visit, v.detector, v.n_alerts, i.obs_id, i.instrument, i.group_id,
+SELECT v.visit, v.detector, v.n_alerts, i.instrument, i.group_id, e.obs_ids, e.numbers,
        (SELECT max(h.detector_name) FROM ledger.hop h
         WHERE h.obs_id = i.obs_id AND h.detector = v.detector) AS detector_name
 FROM level1.visit_detector v
 JOIN LATERAL (SELECT * FROM ledger.image WHERE exposure_id = v.visit ORDER BY obs_id LIMIT 1) i ON TRUE
+-- the exposures that the result was made of; where there may be several, when the ledger knows which
+JOIN LATERAL (
+    SELECT array_agg(o.obs_id ORDER BY o.obs_id) FILTER (WHERE o.obs_id = i.obs_id OR p.obs_id IS NOT NULL) AS obs_ids,
+           array_agg(o.exposure_id ORDER BY o.obs_id) FILTER (WHERE o.obs_id = i.obs_id OR p.obs_id IS NOT NULL)
+           AS numbers, count(*) AS n, count(p.obs_id) AS n_known
+    FROM ledger.image o LEFT JOIN ledger.hop p
+        ON p.obs_id = o.obs_id AND p.detector = v.detector AND p.hop = 'processed' AND p.outcome = 'ok'
+    WHERE coalesce(o.visit, o.exposure_id) = v.visit AND o.instrument = i.instrument) e ON e.n = 1 OR e.n_known > 0
 WHERE v.alerted_tai IS NULL AND NOT EXISTS (
     SELECT FROM level1.alert_outbox o
     WHERE o.visit = v.visit AND o.detector = v.detector AND o.sent_tai IS NULL)
@@ -101,12 +109,14 @@ class OutboxRelay:
         for row in rows:
             now = self._clock.now_tai_s()
             hop = {
-                "obsId": row["obs_id"], "instrument": row["instrument"], "exposureId": row["visit"],
-                "groupId": row["group_id"], "detector": row["detector"],
+                "instrument": row["instrument"], "groupId": row["group_id"], "detector": row["detector"],
                 "detectorName": row["detector_name"] or "", "hop": "alerted", "outcome": "ok",
                 "place": "stream", "message": f"{row['n_alerts']} alerts", "hopTai": now,
             }  # fmt: skip
-            self._bus.publish("Image.hop", hop)
+            self._bus.publish_many(
+                ("Image.hop", hop | {"obsId": obs_id, "exposureId": number})
+                for obs_id, number in zip(row["obs_ids"], row["numbers"], strict=True)
+            )
             self._db.execute(_REPORTED, (now, row["visit"], row["detector"]))
         return len(rows)
 

@@ -30,6 +30,8 @@ def _mjd(value: Any) -> float:
 
 _CAMERA_SAYS: tuple[tuple[str, tuple[str, ...], Callable[[Any], Any]], ...] = (
     ("GROUPID", ("group_id",), _text),
+    ("CURINDEX", ("index",), int),
+    ("MAXINDEX", ("total",), int),
     ("IMGTYPE", ("image_type",), _text),
     ("FILTER", ("filter", "physical_filter"), _text),
     ("BAND", ("band",), _text),

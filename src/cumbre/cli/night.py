@@ -70,8 +70,9 @@ def night(
     if site.config.simulator is None:
         raise UserError(f"{folder}: not a simulated site; a real camera's files enter by: cumbre ingest")
     plan = nights.parse_faults(faults, site, seed)
-    screen = Screen(visits)
-    screen.say(f"site {site.root}, seed {site.config.simulator.seed}, {visits} visits")
+    snaps = site.config.scheduler.snaps
+    screen = Screen(visits * snaps)
+    screen.say(f"site {site.root}, seed {site.config.simulator.seed}, {_of(visits, snaps)}")
     prepare(site, screen.say)
     nights.set_clock(site)
     was_up = read_state(site) is not None
@@ -103,6 +104,10 @@ def night(
         raise click.exceptions.Exit(1)
 
 
+def _of(visits: int, snaps: int) -> str:
+    return f"{visits} visits" + (f" of {snaps} exposures" if snaps > 1 else "")
+
+
 class Screen:
     """Live progress in a terminal, one line a change elsewhere."""
 
@@ -116,7 +121,7 @@ class Screen:
         ("processed", "processed"),
     )
 
-    def __init__(self, visits: int) -> None:
+    def __init__(self, images: int) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -126,7 +131,7 @@ class Screen:
             TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TextColumn("{task.fields[note]}"), console=self.console,
         )  # fmt: skip
-        self.bars = {"night": self.progress.add_task("night", total=visits, note="")}
+        self.bars = {"night": self.progress.add_task("night", total=images, note="")}
         self.last = ""
         self.begun = time.monotonic()
 
@@ -149,7 +154,7 @@ class Screen:
         if not self.live:
             counts = ", ".join(f"{label} {state.hops.get(hop, 0)}" for label, hop in self.HOPS)
             line = (
-                f"images {state.taken - state.earlier}/{state.visits}; {counts}; alerts {state.alerts}; {lag}"
+                f"images {state.taken - state.earlier}/{state.images}; {counts}; alerts {state.alerts}; {lag}"
             )
             if line != self.last:
                 self.say(line + (f"; {state.message}" if state.message else ""))

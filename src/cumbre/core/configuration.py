@@ -283,7 +283,15 @@ class Retention(_Model):
 class Scheduler(_Model):
     """What the survey wants."""
 
-    exposure_s: Annotated[float, Field(gt=0, description="Exposure time of a visit.")] = 30.0
+    exposure_s: Annotated[float, Field(gt=0, description="Time of each exposure of a visit.")] = 30.0
+    snaps: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=10,
+            description="Exposures of a visit, one after the other; they are processed as one image.",
+        ),
+    ] = 1
     cadence_s: Annotated[float, Field(gt=0, description="Least time from visit to visit.")] = 37.0
     notice_s: Annotated[float, Field(ge=20, description="nextVisit this long before the exposure.")] = 22.0
     max_airmass: Annotated[float, Field(gt=1, description="Limit of airmass.")] = 1.8

@@ -21,7 +21,7 @@ from typing import Any, cast
 from cumbre.core.errors import BadFileError, UserError
 from cumbre.core.header_time import day_obs_from_ns, moment_ns, tai_ns_from_utc_ns
 from cumbre.core.header_wcs import linear_wcs, wcs_problem
-from cumbre.core.ids import MAX_SEQ_NUM, ObsId
+from cumbre.core.ids import MAX_SEQ_NUM, ObsId, visit_id
 from cumbre.core.instrument import Detector, HeaderField, Instrument
 
 Header = Mapping[str, Any]
@@ -33,6 +33,8 @@ OWN_RULES: dict[str, HeaderField] = {
     "day_obs": HeaderField(keywords=("DAYOBS",)),
     "seq_num": HeaderField(keywords=("SEQNUM",)),
     "group_id": HeaderField(keywords=("GROUPID",)),
+    "sequence_index": HeaderField(keywords=("CURINDEX",)),
+    "sequence_length": HeaderField(keywords=("MAXINDEX",)),
     "telescope": HeaderField(keywords=("TELESCOP",)),
     "begin": HeaderField(keywords=("DATE-BEG",), time_scale="tai", required=True),
     "end": HeaderField(keywords=("DATE-END",), time_scale="tai"),
@@ -106,6 +108,15 @@ class ObservationMetadata:
     wcs_usable: bool
     """Whether the header's own WCS may be believed; else only the pointing is a first guess."""
     problems: tuple[str, ...]
+    sequence_index: int = 1
+    """Which exposure of its visit it is, from 1."""
+    sequence_length: int = 1
+    """How many exposures its visit has."""
+
+    @property
+    def visit_id(self) -> int:
+        """Number of its visit: that of the visit's first exposure."""
+        return visit_id(self.exposure_id, self.sequence_index)
 
     @property
     def begin_tai(self) -> float:
@@ -344,6 +355,7 @@ def translate(
     detector = _detector(reader, named)
     physical, band = _filter(reader, image_type)
     ra, dec = _position(reader, image_type)
+    index, length = _sequence(reader, obs_id)
     return ObservationMetadata(
         obs_id=str(obs_id),
         instrument=instrument.name,
@@ -372,7 +384,17 @@ def translate(
         telescope=reader.text("telescope"),
         wcs_usable=_wcs(reader, detector, ra, dec),
         problems=tuple(dict.fromkeys(reader.problems)),
+        sequence_index=index,
+        sequence_length=length,
     )
+
+
+def _sequence(reader: HeaderReader, obs_id: ObsId) -> tuple[int, int]:
+    """Place in the visit and its number of exposures; what has no group, or no sense, is alone."""
+    index, length = reader.number("sequence_index"), reader.number("sequence_length")
+    if not reader.text("group_id") or not (1 <= index <= length and index <= obs_id.seq_num):
+        return 1, 1
+    return int(index), int(length)
 
 
 def _file_groups(instrument: Instrument, filename: str) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Identifiers: obs_id, exposure_id, visit, DiaSource ids.
 
-``exposure_id = day_obs · 100000 + seq_num``; one exposure a visit has ``visit = exposure_id``.
+``exposure_id = day_obs · 100000 + seq_num``. A visit has the number of its first exposure.
 ``obs_id = XX_O_YYYYMMDD_NNNNNN`` with the camera's two-letter prefix.
 """
 
@@ -47,6 +47,15 @@ class ObsId:
     def exposure_id(self) -> int:
         """``day_obs · 100000 + seq_num``."""
         return self.day_obs * 100000 + self.seq_num
+
+
+def visit_id(exposure_id: int, index: int) -> int:
+    """Number of the visit of which an exposure is the ``index``-th, from 1: that of its first exposure.
+
+    An index that the exposure's own number cannot have counts as 1.
+    """
+    seq_num = exposure_id % 100000
+    return exposure_id - (index - 1) if 1 <= index <= seq_num else exposure_id
 
 
 def split_exposure_id(exposure_id: int) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cumbre.core.errors import NotFoundError
-from cumbre.ledger.schema import COPY_HOPS, HOPS
+from cumbre.ledger.schema import COPY_HOPS, HOPS, VISIT_HOPS
 from cumbre.stores.files import normal_checksum
 from cumbre.stores.postgres import Database
 
@@ -239,18 +239,22 @@ class Ledger:
     def latencies(self, from_hop: str, to_hop: str) -> list[dict[str, Any]]:
         """Night seconds from the first success of one hop to that of another, one row a detector image.
 
-        A hop that is only known of the whole image (``exposed``) counts for each of its detectors.
+        What is made of a whole visit (``processed``, ``alerted``) counts from the last read-out of the visit's
+        exposures. A hop that is only known of the whole image (``exposed``) counts for each of its detectors.
         """
         return self._db.query(
             """
-            SELECT b.obs_id, b.detector, min(b.hop_tai) - min(a.hop_tai) AS latency_s
+            SELECT b.obs_id, b.detector, min(b.hop_tai) - CASE
+                     WHEN a.hop = 'read_out' AND b.hop = ANY(%(visit_hops)s) THEN min(v.hop_tai) ELSE min(a.hop_tai)
+                   END AS latency_s
             FROM ledger.hop b JOIN ledger.hop a ON a.obs_id = b.obs_id
               AND (a.detector = b.detector OR (a.detector = -1 AND NOT EXISTS (
                    SELECT FROM ledger.hop x WHERE x.obs_id = a.obs_id AND x.hop = a.hop AND x.detector >= 0)))
-            WHERE a.hop = %s AND a.outcome = 'ok' AND b.hop = %s AND b.outcome = 'ok' AND b.detector >= 0
-            GROUP BY b.obs_id, b.detector ORDER BY b.obs_id, b.detector
+            LEFT JOIN ledger.visit_read_out v ON v.obs_id = b.obs_id AND v.detector = a.detector
+            WHERE a.hop = %(from)s AND a.outcome = 'ok' AND b.hop = %(to)s AND b.outcome = 'ok' AND b.detector >= 0
+            GROUP BY b.obs_id, b.detector, a.hop, b.hop ORDER BY b.obs_id, b.detector
             """,
-            (from_hop, to_hop),
+            {"from": from_hop, "to": to_hop, "visit_hops": list(VISIT_HOPS)},
         )
 
     def may_delete(self, obs_id: str, detector: int, policy_places: Sequence[str]) -> bool:

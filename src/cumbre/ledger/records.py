@@ -10,7 +10,7 @@ from typing import Any
 
 from cumbre.bus import Message
 from cumbre.core.errors import CumbreError, UnprocessableDataError
-from cumbre.core.ids import ObsId, split_exposure_id
+from cumbre.core.ids import ObsId, split_exposure_id, visit_id
 from cumbre.core.instrument import Instrument, load_instrument
 from cumbre.stores.files import normal_checksum
 
@@ -127,6 +127,8 @@ def _from_camera(message: Message, recv_tai: float, instruments: Instruments) ->
     image = _identity(obs_id, 0)
     image |= {"instrument": _text(fields["instrument"]), "group_id": _text(fields["groupId"])}
     instrument = instruments.get(fields["instrument"])
+    is_in_sequence = bool(fields["groupId"]) and fields["imageIndex"] <= fields["imagesInSequence"]
+    image["visit"] = visit_id(image["exposure_id"], int(fields["imageIndex"]) if is_in_sequence else 1)
     image |= _additional(fields, instrument)
     hops: list[Hop] = []
     event = message.topic.partition(".")[2]

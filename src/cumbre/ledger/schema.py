@@ -12,6 +12,8 @@ HOPS = (
 """The way of an image, in order; ``quarantined`` and ``deleted`` may come anywhere."""
 COPY_HOPS = ("written", "buffered", "at_base", "base_tape", "at_archive", "archive_tape")
 """Hops that say: a copy with this checksum was verified at this place."""
+VISIT_HOPS = ("processed", "alerted")
+"""Hops of what is made of all exposures of a visit."""
 _ORDER = ", ".join(f"'{hop}'" for hop in HOPS)
 
 STEPS = (
@@ -107,6 +109,19 @@ STEPS = (
         told_tai float8 NOT NULL,
         PRIMARY KEY (group_id, detector)
     );
+    """,
+    """
+    ALTER TABLE ledger.image ADD COLUMN visit bigint;
+    UPDATE ledger.image SET visit = exposure_id;
+    CREATE INDEX image_visit ON ledger.image (coalesce(visit, exposure_id));
+    -- of each detector image: the end of its visit's last read-out, from which latency counts
+    CREATE VIEW ledger.visit_read_out AS
+    SELECT i.obs_id, r.detector, max(r.hop_tai) AS hop_tai
+    FROM ledger.image i
+    JOIN ledger.image o ON coalesce(o.visit, o.exposure_id) = coalesce(i.visit, i.exposure_id)
+        AND o.instrument = i.instrument
+    JOIN ledger.hop r ON r.obs_id = o.obs_id AND r.hop = 'read_out' AND r.outcome = 'ok'
+    GROUP BY i.obs_id, r.detector;
     """,
 )
 

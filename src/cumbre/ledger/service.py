@@ -27,6 +27,7 @@ TOPICS = (
 _IMAGE = (
     "obs_id", "instrument", "exposure_id", "group_id", "day_obs", "seq_num", "image_type", "band", "filter",
     "exposure_s", "ra", "dec", "rotation", "program", "begin_tai", "end_tai", "expected_detectors",
+    "visit",
 )  # fmt: skip
 _HOP = tuple(item.name for item in fields(Hop))
 _INSERT_GIVEN_UP = (

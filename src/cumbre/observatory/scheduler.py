@@ -143,7 +143,8 @@ class ObservingService:
         for message in messages:
             fields = message.fields
             if fields["instrument"] in ("", self.instrument.name):
-                self._save(queue.end_of_readout(self.state, fields["groupId"]))
+                name, n_images = fields["imageName"], fields["imagesInSequence"]
+                self._save(queue.end_of_readout(self.state, fields["groupId"], name, n_images))
         if messages:
             self._readouts.commit()
         return handled + len(messages)
@@ -186,7 +187,7 @@ class ObservingService:
         """Where the telescope will be when the visit under way is over."""
         if state.last is None:
             return TelescopeState(last_visit_tai=state.last_visit_tai)
-        free = max(state.last.start_tai, state.commanded_tai) + state.last.exposure_s
+        free = max(state.last.start_tai, state.commanded_tai) + state.last.duration_s
         last = state.last
         return TelescopeState(last.ra, last.dec, last.filter, free, state.last_visit_tai)
 
@@ -241,18 +242,18 @@ class ObservingService:
     def _predict(self, visit: Visit) -> None:
         """Publish what will follow a visit if all goes well; a visit of now matters more than a plan of then."""
         target = visit.target
-        begin = target.start_tai + self.timing.cadence_s
+        cadence_s = max(self.timing.cadence_s, self.timing.camera_s(target))
+        begin = target.start_tai + cadence_s
         state = TelescopeState(last_visit_tai=self.state.last_visit_tai).after(target)
         left = self.state.wanted - self.state.done - (self.state.exposing is not None) - 1
         count = max(min(PREDICTED, left), 0)
-        until = begin + count * self.timing.cadence_s - 1.0
-        found = predict(
-            state, begin, self.limits, self._tiles, until_tai=until, cadence_s=self.timing.cadence_s
-        )[:count]
+        until = begin + count * cadence_s - 1.0
+        found = predict(state, begin, self.limits, self._tiles, until_tai=until, cadence_s=cadence_s)[:count]
         columns: dict[str, list[Any]] = {
             "targetId": [visit.target_id + 1 + i for i in range(len(found))],
             "ra": [t.ra for t in found], "decl": [t.dec for t in found], "rotation": [t.rotation for t in found],
             "filter": [t.filter for t in found], "exposureTime": [t.exposure_s for t in found],
+            "nimages": [t.snaps for t in found], "duration": [t.duration_s for t in found],
             "startTai": [t.start_tai for t in found], "survey": [t.tile for t in found],
         }  # fmt: skip
         self.bus.publish("Scheduler.predictedSchedule", {"instrument": visit.instrument, **columns})

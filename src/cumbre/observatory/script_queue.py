@@ -38,7 +38,7 @@ class Timing:
     Attributes
     ----------
     grace_s
-        How long beyond exposure and read-out an end of read-out is waited for.
+        How long beyond all exposures and read-outs of a visit its last end of read-out is waited for.
     late_s
         An announced visit that could not start for so long is cancelled.
     """
@@ -48,6 +48,10 @@ class Timing:
     readout_s: float
     grace_s: float = 120.0
     late_s: float = 600.0
+
+    def camera_s(self, target: Target) -> float:
+        """Seconds for which a visit needs the camera: every exposure with its read-out."""
+        return target.snaps * (target.exposure_s + self.readout_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,8 @@ class QueueState:
         The visit whose takeImages was (perhaps) sent, and how long it is waited for.
     last_visit_tai
         Tile name → start of its last exposure.
+    read_out
+        Group id → images read out, of visits that have not all of theirs yet.
     finished
         Why the night is over; "" while it runs.
     """
@@ -85,6 +91,7 @@ class QueueState:
     last: Target | None = None
     last_visit_tai: dict[str, float] = field(default_factory=dict)
     canceled: tuple[str, ...] = ()
+    read_out: dict[str, list[str]] = field(default_factory=dict)
     paused: bool = False
     finished: str = ""
 
@@ -173,17 +180,36 @@ Chooser = Callable[[QueueState, float], "Target | Finish | None"]
 
 def begin_night(state: QueueState, night: str, wanted: int) -> QueueState:
     """Start to count for a new night; group ids, target ids and what was seen when go on."""
-    return replace(state, night=night, wanted=wanted, done=0, failed=0, canceled=(), finished="")
+    return replace(state, night=night, wanted=wanted, done=0, failed=0, canceled=(), read_out={}, finished="")
 
 
-def end_of_readout(state: QueueState, group_id: str) -> QueueState:
-    """Take in an end of read-out: the visit is done, also one already given up whose image came late."""
-    if state.exposing is not None and state.exposing.group_id == group_id:
-        return replace(state, exposing=None, done=state.done + 1)
-    if group_id in state.canceled:
-        left = tuple(item for item in state.canceled if item != group_id)
-        return replace(state, canceled=left, done=state.done + 1)
-    return state
+def end_of_readout(state: QueueState, group_id: str, name: str = "", n_images: int = 1) -> QueueState:
+    """Take in an end of read-out: with its last image a visit is done, also one given up whose images came late.
+
+    Parameters
+    ----------
+    name
+        Of the image; one told twice counts once.
+    n_images
+        How many images the camera takes for this visit, as it says itself.
+    """
+    is_exposing = state.exposing is not None and state.exposing.group_id == group_id
+    if not is_exposing and group_id not in state.canceled:
+        return state
+    wanted = state.exposing.target.snaps if is_exposing and state.exposing else n_images
+    seen = state.read_out.get(group_id, [])
+    seen = seen if name in seen else [*seen, name]
+    others = {group: names for group, names in state.read_out.items() if group != group_id}
+    if len(seen) < wanted:
+        return replace(state, read_out=others | {group_id: seen})
+    left = tuple(item for item in state.canceled if item != group_id)
+    return replace(
+        state,
+        exposing=None if is_exposing else state.exposing,
+        canceled=left,
+        read_out=others,
+        done=state.done + 1,
+    )
 
 
 def next_action(
@@ -191,7 +217,9 @@ def next_action(
 ) -> Action:
     """Decide the one thing to do now. Pure: the same arguments give the same action."""
     if state.exposing is not None and now_tai >= state.deadline_tai:
-        return Cancel(state.exposing, "no end of read-out before the deadline")
+        came, wanted = len(state.read_out.get(state.exposing.group_id, ())), state.exposing.target.snaps
+        told = f"{came} of {wanted} images were read out" if came else "no end of read-out"
+        return Cancel(state.exposing, f"{told} before the deadline")
     if state.announced is not None:
         if not state.is_published:
             return Republish(state.announced)
@@ -225,7 +253,7 @@ def _announce(
     if state.exposing is not None:
         target = state.exposing.target
         begun = max(target.start_tai, state.commanded_tai)
-        following = begun + max(timing.cadence_s, target.exposure_s + timing.readout_s)
+        following = begun + max(timing.cadence_s, timing.camera_s(target))
         if earliest < following:
             return Wait(following - timing.notice_s - MARGIN_S)
     chosen = choose(state, earliest)
@@ -258,12 +286,15 @@ def apply(state: QueueState, action: Action, now_tai: float, timing: Timing) -> 
                 is_published=False,
                 exposing=visit,
                 commanded_tai=now_tai,
-                deadline_tai=now_tai + target.exposure_s + timing.readout_s + timing.grace_s,
+                deadline_tai=now_tai + timing.camera_s(target) + timing.grace_s,
                 last=target,
                 last_visit_tai={**state.last_visit_tai, target.tile: now_tai},
             )
         case Cancel(visit):
             canceled = (*state.canceled, visit.group_id)[-REMEMBERED_CANCELED:]
+            kept = {*canceled, state.exposing.group_id if state.exposing else ""}
+            read_out = {group: names for group, names in state.read_out.items() if group in kept}
+            state = replace(state, read_out=read_out)
             if state.exposing is not None and state.exposing.group_id == visit.group_id:
                 return replace(state, exposing=None, failed=state.failed + 1, canceled=canceled)
             return replace(

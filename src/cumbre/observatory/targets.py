@@ -39,11 +39,15 @@ class Limits:
         True lifts the Sun's limit (tests of the dome by day).
     revisit_s
         A tile seen less than this ago is taken only when no other can be.
+    exposure_s, snaps, readout_s
+        A visit: time of each exposure, their number, and the read-out between them.
     """
 
     location: Location
     filters: tuple[tuple[str, str], ...]
     exposure_s: float = 30.0
+    snaps: int = 1
+    readout_s: float = 0.0
     max_airmass: float = 1.8
     moon_avoidance_deg: float = 30.0
     revisit_s: float = 300.0
@@ -67,12 +71,19 @@ class Limits:
             location=Location(config.observatory.latitude_deg, config.observatory.longitude_deg),
             filters=tuple((item.name, item.band) for item in chosen),
             exposure_s=config.scheduler.exposure_s,
+            snaps=config.scheduler.snaps,
+            readout_s=instrument.readout_s,
             max_airmass=config.scheduler.max_airmass,
             moon_avoidance_deg=config.scheduler.moon_avoidance_deg,
             slew_rate_deg_s=instrument.slew_rate_deg_s,
             settle_s=instrument.settle_s,
             filter_change_s=instrument.filter_change_s,
         )
+
+    @property
+    def visit_s(self) -> float:
+        """Seconds from the opening of the shutter to its last closing."""
+        return self.snaps * self.exposure_s + (self.snaps - 1) * self.readout_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +112,7 @@ class TelescopeState:
             target.ra,
             target.dec,
             target.filter,
-            target.start_tai + target.exposure_s,
+            target.start_tai + target.duration_s,
             {**self.last_visit_tai, target.tile: target.start_tai},
         )
 
@@ -117,14 +128,14 @@ class Sky:
 
 
 def look_at(state: TelescopeState, start_tai: float, limits: Limits, tiles: Sequence[Tile]) -> Sky:
-    """Airmass and Moon distance (worst of both ends of the exposure) and slew time of every tile."""
+    """Airmass and Moon distance (worst of both ends of the visit) and slew time of every tile."""
     ra = np.array([tile.ra for tile in tiles])
     dec = np.array([tile.dec for tile in tiles])
     slew = np.zeros(len(tiles))
     if state.ra is not None and state.dec is not None:
         distance = ephemeris.separation(ra, dec, state.ra, state.dec)
         slew = np.where(distance > 1e-6, distance / limits.slew_rate_deg_s + limits.settle_s, 0.0)
-    ends = (start_tai, start_tai + float(slew.max(initial=0.0)) + limits.exposure_s)
+    ends = (start_tai, start_tai + float(slew.max(initial=0.0)) + limits.visit_s)
     place = limits.location
     masses = [ephemeris.airmass(ephemeris.target_altitude(place, t, ra, dec)[0]) for t in ends]
     moons = [ephemeris.moon_separation(place, t, ra, dec) for t in ends]
@@ -185,6 +196,8 @@ def next_target(
                     airmass=float(sky.airmass[i]),
                     moon_deg=float(sky.moon_deg[i]),
                     slew_s=float(slew[i]),
+                    snaps=config.snaps,
+                    between_s=config.readout_s,
                 ),
             )
     # A filter change may push the start beyond what was looked at: look again at the true start.

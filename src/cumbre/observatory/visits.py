@@ -38,11 +38,15 @@ class Target:
     ra, dec, rotation
         ICRS degrees; rotation is the angle of the focal plane's +y axis east of north.
     start_tai
-        Earliest start of the exposure, TAI seconds: the slew is over by then.
+        Earliest start of the first exposure, TAI seconds: the slew is over by then.
     airmass, moon_deg
-        Worst airmass and distance of the Moon during the exposure.
+        Worst airmass and distance of the Moon during the visit.
     slew_s
         Seconds of slew, settling and filter change from the previous target.
+    exposure_s, snaps
+        Time of one exposure, and how many the visit has.
+    between_s
+        Seconds from the end of one exposure to the start of the next: the read-out.
     """
 
     tile: str
@@ -57,6 +61,13 @@ class Target:
     slew_s: float
     rotation: float = 0.0
     note: str = ""
+    snaps: int = 1
+    between_s: float = 0.0
+
+    @property
+    def duration_s(self) -> float:
+        """Seconds from the opening of the shutter to its last closing."""
+        return self.snaps * self.exposure_s + (self.snaps - 1) * self.between_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +100,8 @@ class Visit:
             "cameraAngle": target.rotation,
             "filters": target.filter,
             "dome": DOME_OPEN,
-            "duration": target.exposure_s,
-            "nimages": 1,
+            "duration": target.duration_s,
+            "nimages": target.snaps,
             "instrument": self.instrument,
             "survey": target.tile,
             "totalCheckpoints": 0,
@@ -107,6 +118,7 @@ class Visit:
             "filter": target.filter,
             "band": target.band,
             "exposureTime": target.exposure_s,
+            "nimages": target.snaps,
             "airmass": target.airmass,
             "slewTime": target.slew_s,
             "startTai": target.start_tai,
@@ -117,7 +129,7 @@ class Visit:
         """Fields of the Camera.takeImages command; the camera gives the obs_id."""
         target = self.target
         return {
-            "numImages": 1,
+            "numImages": target.snaps,
             "expTime": target.exposure_s,
             "imageType": "OBJECT",
             "groupId": self.group_id,

@@ -18,7 +18,7 @@ from cumbre.core.errors import CumbreError, TransientError
 from cumbre.core.geometry import separation_deg
 from cumbre.core.ids import ObsId
 from cumbre.core.time import Clock, mjd_from_seconds, seconds_from_mjd
-from cumbre.orchestration.provenance import FOLDER, read_record
+from cumbre.orchestration.provenance import FOLDER, read_record, snaps_of
 
 if TYPE_CHECKING:
     from cumbre.catalogs.level1 import Level1
@@ -42,7 +42,7 @@ class Precovery:
     days
         How far back from an object's first source.
     remake
-        (root, record, raw file) → result; :func:`cumbre.orchestration.provenance.reproduce` by default.
+        (root, record, raw files) → result; :func:`cumbre.orchestration.provenance.reproduce` by default.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Precovery:
         clock: Clock,
         *,
         days: float = 30.0,
-        remake: Callable[[Path, dict[str, Any], Path], DetectorResult] | None = None,
+        remake: Callable[..., DetectorResult] | None = None,
     ) -> None:
         from cumbre.catalogs.level1 import Level1
         from cumbre.orchestration.provenance import reproduce
@@ -134,26 +134,27 @@ class Precovery:
             "SELECT count(*) FROM level1.diaforcedsource WHERE visit = %s AND detector = %s",
             (visit, detector),
         )
-        made = self._remake(self._root, record, self._raw(record))
+        exposures = [record["obs_id"], *snaps_of(record)]
+        made = self._remake(self._root, record, *(self._raw(record, obs_id) for obs_id in exposures))
         now = mjd_from_seconds(self._clock.now_tai_s())
         rows = force_at(made, left, processed_mjd_tai=now, first=int(last[0][0]) + 1)
         self._level1.precover_image(visit, detector, [int(item["diaObjectId"]) for item in left], rows)
         return len(rows)
 
-    def _raw(self, record: dict[str, Any]) -> Path:
+    def _raw(self, record: dict[str, Any], obs_id: str) -> Path:
         """The raw file in the archive's cache."""
         from cumbre.core.errors import NotFoundError
 
         rows = self._db.execute(
             "SELECT path FROM ledger.hop WHERE obs_id = %s AND detector = %s AND hop = 'at_archive'"
             " AND outcome = 'ok'",
-            (record["obs_id"], record["detector"]),
+            (obs_id, record["detector"]),
         )
         for (path,) in rows:
             if Path(path).is_file():
                 return Path(path)
         raise NotFoundError(
-            f"{record['obs_id']} {record['detector_name']}: its raw file is not in the archive's cache any more"
+            f"{obs_id} {record['detector_name']}: its raw file is not in the archive's cache any more"
         )
 
 

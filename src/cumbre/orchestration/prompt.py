@@ -31,6 +31,7 @@ from cumbre.orchestration.models import DEADLINE, DROPPED, KILLED, SAMPLED_OUT, 
 from cumbre.orchestration.precovery import is_waiting
 from cumbre.orchestration.prompt_jobs import (
     MISSED,
+    NO_DETECTOR,
     PRECOVERY,
     PRELOAD,
     PROCESS,
@@ -47,6 +48,7 @@ from cumbre.orchestration.prompt_state import (
     DropPreload,
     GiveUp,
     Instruction,
+    LeaveOut,
     Miss,
     Preload,
     Process,
@@ -132,6 +134,7 @@ class PromptService:
             self.store, self.engines, clock, owner=self.name, light=[PRELOAD], rules=self._rules(idle=False),
             policy=OverloadPolicy(overload.behind, overload.drop_above, overload.kill_after_s),
         )  # fmt: skip
+        self._restore_held()
         for kind in (PRELOAD, PROCESS, MISSED, PRECOVERY):
             for finished in self.store.unreported(kind):
                 self._report(finished)
@@ -165,22 +168,30 @@ class PromptService:
         for row in missed:
             if row["payload"]["missed"] == SAMPLED_OUT:
                 self.state.leave_out(process_of(row["payload"]).image.unit, now)
+        dropped = []
         for row in self.store.payloads(PRELOAD, since):
+            visit, work = AnnouncedVisit(**row["payload"]["visit"]), work_of(row["payload"])
+            if row["payload"].get("left_out"):
+                self.state.leave_out(visit.group_id, now)
             if row["state"] == "cancelled":
-                continue
-            visit = AnnouncedVisit(**row["payload"]["visit"])
-            self.state.announced(visit, row["created_tai"], now, work_of(row["payload"]))
+                dropped.append((visit, work))
+            else:
+                self.state.announced(visit, row["created_tai"], now, work)
+        for visit, work in dropped:
+            self.state.remember(visit, now, work)
         for message in self.bus.replay(["Camera.endReadout"], since_tai=since):
             self.state.read_out(_read_out(message), now)
         for row in (*self.store.payloads(PROCESS, since), *missed):
             self.state.taken(process_of(row["payload"]), now)
-        if self.state.any_snaps:
-            # Exposures that waited for the others of their visit are in no table yet.
-            for message in self.bus.replay(["Image.hop"], since_tai=since):
-                fields = message.fields
-                came = fields["hop"] == "at_archive" and fields["outcome"] == "ok" and fields["detector"] >= 0
-                if came and self.state.awaits_snaps(fields["groupId"]):
-                    self._pending += self.state.at_archive(_image(message), now)
+
+    def _restore_held(self) -> None:
+        """Take in again the exposures that waited for the others of their visit: they are in no table yet."""
+        now = self.clock.now_tai_s()
+        awaited = self.state.awaiting()
+        for message in self.bus.replay(["Image.hop"], since_tai=now - EXPIRY_S) if awaited else ():
+            fields = message.fields
+            if fields["groupId"] in awaited and fields["outcome"] == "ok" and fields["detector"] >= 0:
+                self._pending += self._hop(message, now)
 
     # -- the loop --
 
@@ -311,7 +322,7 @@ class PromptService:
                     visit = AnnouncedVisit.from_fields(fields)
                     return self.state.announced(visit, message.snd_tai, now_tai, self._work())
             case "ScriptQueue.nextVisitCanceled":
-                return self.state.canceled(fields["groupId"])
+                return self.state.canceled(fields["groupId"], now_tai)
             case "Camera.endReadout":
                 return self.state.read_out(_read_out(message), now_tai)
             case "Image.hop" if fields["detector"] >= 0 and fields["outcome"] == "ok":
@@ -328,8 +339,22 @@ class PromptService:
                 self._caught_up = {k: t for k, t in self._caught_up.items() if now_tai - t < EXPIRY_S}
         if fields["hop"] != "at_archive" or not self._takes(fields["groupId"] or fields["obsId"], now_tai):
             return []
+        self._recall(fields["groupId"], int(fields["detector"]), now_tai)
         is_caught_up = self._caught_up.pop(key, None) is not None
         return self.state.at_archive(_image(message), now_tai, self._work(), is_caught_up=is_caught_up)
+
+    def _recall(self, group_id: str, detector: int, now_tai: float) -> None:
+        """Know a visit of several exposures again that was announced too long ago, when one of them comes."""
+        if not group_id or self.state.knows(group_id):
+            return
+        row = self.store.get(preload_id(group_id, detector)) or self.store.get(
+            preload_id(group_id, NO_DETECTOR)
+        )
+        if row is not None and row["payload"]["visit"]["n_images"] > 1:
+            if row["payload"].get("left_out"):
+                self.state.leave_out(group_id, now_tai)
+            visit = AnnouncedVisit(**row["payload"]["visit"])
+            self.state.remember(visit, now_tai, work_of(row["payload"]))
 
     def _work(self) -> Work:
         return Work.of_mode(self._leader.mode, self._leader.settings)
@@ -347,6 +372,11 @@ class PromptService:
                     jobs.append(self.jobs.process(instruction))
                 case Miss(process, outcome):
                     jobs.append(self.jobs.missed(process, outcome))
+                case LeaveOut():
+                    job = self.jobs.left_out(instruction)
+                    now = self.clock.now_tai_s()
+                    if self.store.add(job, now):
+                        self.store.cancel(job.id, now)
                 case DropPreload(group_id, detector):
                     self.manager.cancel(preload_id(group_id, detector))
         if jobs:
@@ -355,8 +385,11 @@ class PromptService:
             match instruction:
                 case Miss(process, outcome, reason):
                     self._left[outcome] += 1
-                    self.teller.processed(process.image, outcome=outcome, message=reason)
-                case GiveUp(visit, detector, obs_id, reason):
+                    self.teller.processed(process, outcome=outcome, message=reason)
+                case GiveUp(visit, detector, obs_id, reason, others):
+                    for other in others:
+                        image = self._expected(visit, detector, other)
+                        self.teller.hop(image, "processed", outcome=DEADLINE, message=reason)
                     if obs_id:
                         self.teller.hop(
                             self._expected(visit, detector, obs_id),
@@ -369,8 +402,8 @@ class PromptService:
                         outcome=DEADLINE,
                         message=reason,
                     )
-                case Reject(image, reason):
-                    self.teller.hop(image, "processed", outcome="UnprocessableData", message=reason)
+                case Reject(image, reason, outcome):
+                    self.teller.hop(image, "processed", outcome=outcome, message=reason)
 
     def _expected(self, visit: AnnouncedVisit, detector: int, obs_id: str) -> DetectorImage:
         """The image that did not come, so that the ledger can name it."""
@@ -435,7 +468,14 @@ def _read_out(message: Message) -> ReadOut:
     fields = message.fields
     tai = fields["timestampEndOfReadout"]
     known = math.isfinite(tai) and tai > 0
-    return ReadOut(fields["groupId"], fields["imageName"], tai if known else message.snd_tai)
+    exposure_s = fields["requestedExposureTime"]
+    return ReadOut(
+        fields["groupId"],
+        fields["imageName"],
+        tai if known else message.snd_tai,
+        fields["imagesInSequence"] if fields["groupId"] else 1,
+        exposure_s if math.isfinite(exposure_s) else 0.0,
+    )
 
 
 def _image(message: Message) -> DetectorImage:

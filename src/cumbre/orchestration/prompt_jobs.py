@@ -9,7 +9,7 @@ from cumbre.core.configuration import Site
 from cumbre.observatory.instruments import site_instruments
 from cumbre.observatory.visits import AnnouncedVisit
 from cumbre.orchestration.models import DEADLINE, DROPPED, KILLED, LOST, FinishedJob, Job, JobState, Priority
-from cumbre.orchestration.prompt_state import ALERTS, DetectorImage, Preload, Process, Work
+from cumbre.orchestration.prompt_state import ALERTS, DetectorImage, LeaveOut, Preload, Process, Work
 
 PRELOAD = "prompt.preload"
 PROCESS = "prompt.process"
@@ -17,6 +17,7 @@ MISSED = "prompt.missed"
 PRECOVERY = "prompt.precovery"
 PRECOVERY_S = 15.0
 """Real seconds after which such a job begins no further image: an image that comes then waits that long at most."""
+NO_DETECTOR = -1
 WORKER = "cumbre.orchestration.prompt_worker"
 PASSING = ("Transient", DEADLINE, LOST, DROPPED, KILLED)
 """Outcomes of a job that may end otherwise at another time."""
@@ -37,6 +38,7 @@ def process_of(payload: dict[str, Any]) -> Process:
         work_of(payload),
         tuple(DetectorImage(**snap) for snap in payload.get("snaps", ())),
         payload.get("note", ""),
+        payload.get("since_tai", 0.0),
     )
 
 
@@ -92,10 +94,21 @@ class PromptJobs:
             max_attempts=1,
         )
 
+    def left_out(self, instruction: LeaveOut) -> Job:
+        """The memory of a visit that is left out; nothing is done."""
+        visit = instruction.visit
+        return Job(
+            id=preload_id(visit.group_id, NO_DETECTOR),
+            kind=PRELOAD,
+            function=f"{WORKER}:preload",
+            payload={"visit": asdict(visit), "detector": NO_DETECTOR, "left_out": True},
+            max_attempts=1,
+        )
+
     def process(self, instruction: Process) -> Job:
         """Process one detector's image now."""
         image = instruction.image
-        begun = instruction.read_out_tai or image.at_tai
+        begun = instruction.since_tai or instruction.read_out_tai or image.at_tai
         return Job(
             id=f"{PROCESS}/{image.obs_id}/{image.detector}",
             kind=PROCESS,
@@ -149,4 +162,5 @@ class PromptJobs:
             "read_out_tai": instruction.read_out_tai,
             "snaps": [asdict(snap) for snap in instruction.snaps],
             "note": instruction.note,
+            "since_tai": instruction.since_tai,
         }

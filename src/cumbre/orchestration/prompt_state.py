@@ -4,6 +4,9 @@ A visit announced is prepared for each science detector at once. An image that r
 processed, announced or not, prepared or not, once; one of a visit that was left out, or that the Catch-Up
 Archiver brought, is left for later. An announced visit without an image is given up after the read-out (or the
 announced end) plus the timeout; if the image comes even later it is processed all the same.
+
+The exposures of a visit wait for one another, and are processed together. When one has not come by the timeout
+after the last read-out, the others are processed without it; if it comes then, it is rejected.
 """
 
 from __future__ import annotations
@@ -12,13 +15,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from cumbre.core.ids import ObsId
 from cumbre.observatory.visits import AnnouncedVisit
-from cumbre.orchestration.models import CAUGHT_UP, SAMPLED_OUT
+from cumbre.orchestration.models import CAUGHT_UP, DEADLINE, SAMPLED_OUT
 
 EXPIRY_S = 3600.0
 """A nextVisit older than this is not prepared any more, and what is known of a visit is forgotten."""
 
 
+BETWEEN_S = 30.0
+"""Most seconds from the end of an exposure's read-out to the start of the visit's next exposure."""
 ALERTS, ISR = "alerts", "isr"
 
 
@@ -82,6 +88,10 @@ class ReadOut:
     group_id: str
     obs_id: str
     tai: float
+    n_images: int = 1
+    """Exposures of the visit, as the camera says."""
+    exposure_s: float = 0.0
+    """Time of this exposure: the next one needs as long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +114,10 @@ class Process:
         Further exposures of the visit, in the order in which they were taken.
     note
         What is missing, in words.
+    read_out_tai
+        Last read-out of the visit; 0 when it is not known.
+    since_tai
+        From when the deadline counts where that is not the read-out; 0 for the read-out.
     """
 
     image: DetectorImage
@@ -112,6 +126,7 @@ class Process:
     work: Work = Work()
     snaps: tuple[DetectorImage, ...] = ()
     note: str = ""
+    since_tai: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +136,13 @@ class Miss:
     process: Process
     outcome: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LeaveOut:
+    """A visit of several exposures is not among those that are sampled: remembered, as its images will wait."""
+
+    visit: AnnouncedVisit
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,17 +161,20 @@ class GiveUp:
     detector: int
     obs_id: str
     reason: str
+    others: tuple[str, ...] = ()
+    """Further exposures of the visit that were read out."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """An image that no instrument or detector of this site explains."""
+    """An image of which nothing is made: nothing of this site explains it, or its visit went on without it."""
 
     image: DetectorImage
     reason: str
+    outcome: str = "UnprocessableData"
 
 
-Instruction = Preload | Process | Miss | DropPreload | GiveUp | Reject
+Instruction = Preload | Process | Miss | LeaveOut | DropPreload | GiveUp | Reject
 
 
 @dataclass(slots=True)
@@ -168,12 +193,17 @@ class _Group:
     """An image of it was taken in."""
     held: dict[int, list[DetectorImage]] = field(default_factory=dict)
     """Detector → exposures that wait for the visit's others."""
+    caught_up: set[int] = field(default_factory=set)
+    """Detectors of which an exposure was brought by the Catch-Up Archiver."""
     ended: set[int] = field(default_factory=set)
-    """Detectors of a visit of several exposures that were given to a worker."""
+    """Detectors that were given to a worker, or left for later."""
+    n_taken: int = 0
+    """Exposures as the camera says; 0 before a read-out."""
 
     @property
     def n_images(self) -> int:
-        return self.visit.n_images if self.visit else 1
+        announced = self.visit.n_images if self.visit else 0
+        return max(announced or self.n_taken, 1)
 
 
 class PromptState:
@@ -225,9 +255,10 @@ class PromptState:
             return []
         group.visit, group.work = visit, group.work or work or Work()
         if group.is_left_out:
-            return []
+            return [LeaveOut(visit)] if visit.n_images > 1 else []
         end = (visit.start_tai or sent_tai) + visit.duration_s
-        group.give_up_tai = max(group.read_outs.values(), default=end) + self._timeout_s
+        is_over = len(group.read_outs) >= max(group.n_images, 1)
+        group.give_up_tai = max([*group.read_outs.values(), *(() if is_over else (end,))]) + self._timeout_s
         group.waiting = {
             number: name
             for number, name in detectors.items()
@@ -235,23 +266,32 @@ class PromptState:
         }
         return [Preload(visit, number, name, group.work) for number, name in group.waiting.items()]
 
-    def canceled(self, group_id: str) -> list[Instruction]:
+    def remember(self, visit: AnnouncedVisit, now_tai: float, work: Work | None = None) -> None:
+        """Know a visit again of which nothing more is to be prepared."""
+        group = self._group(visit.group_id, now_tai)
+        group.visit, group.work = group.visit or visit, group.work or work
+
+    def canceled(self, group_id: str, now_tai: float) -> list[Instruction]:
         """Take in a nextVisitCanceled: nothing is waited for; an image that comes all the same is processed."""
         group = self._groups.get(group_id)
         if group is None:
             return []
+        held: list[Instruction] = []
+        for number in list(group.held):
+            held += self._whole(group, number, now_tai)
         drops: list[Instruction] = [DropPreload(group_id, number) for number in group.waiting]
         group.waiting = {}
-        return drops
+        return [*held, *drops]
 
     def read_out(self, event: ReadOut, now_tai: float) -> list[Instruction]:
         """Take in an end of read-out."""
         group = self._group(event.group_id or event.obs_id, now_tai)
         group.obs_id, group.read_outs[event.obs_id] = event.obs_id, event.tai
-        give_up = max(event.tai, now_tai) + self._timeout_s
-        # Of several exposures the last is due at the visit's announced end.
-        is_last = len(group.read_outs) >= group.n_images
-        group.give_up_tai = give_up if is_last else max(group.give_up_tai, give_up)
+        group.n_taken = max(event.n_images, group.n_taken)
+        left = max(group.n_images - len(group.read_outs), 0)
+        give_up = max(event.tai, now_tai) + self._timeout_s + left * (event.exposure_s + BETWEEN_S)
+        # What is announced is waited for until its announced end at least.
+        group.give_up_tai = max(give_up, group.give_up_tai) if left and group.visit is not None else give_up
         return []
 
     def at_archive(
@@ -277,9 +317,11 @@ class PromptState:
         group = self._group(image.unit, now_tai)
         group.obs_id, group.is_taken = group.obs_id or image.obs_id, True
         group.work = self._work_of(image.unit, work)
-        is_now = not (group.is_left_out or is_caught_up or is_wavefront)
-        if group.n_images > 1 and is_now and group.work.kind == ALERTS:
-            return self._hold(group, image)
+        if group.n_images > 1 and group.work.kind == ALERTS and not is_wavefront:
+            if is_caught_up:
+                group.caught_up.add(image.detector)
+            return self._hold(group, image, now_tai)
+        group.ended.add(image.detector)
         is_prepared = group.waiting.pop(image.detector, None) is not None
         process = Process(
             image,
@@ -294,22 +336,58 @@ class PromptState:
             return [*dropped, Miss(process, CAUGHT_UP, "brought by the Catch-Up Archiver")]
         return [process]
 
-    def _hold(self, group: _Group, image: DetectorImage) -> list[Instruction]:
+    def _hold(self, group: _Group, image: DetectorImage, now_tai: float) -> list[Instruction]:
         """Keep one of several exposures until the others are there."""
         if image.detector in group.ended:
-            return [Reject(image, "it came when its visit had been processed without it")]
+            return [Reject(image, "it came when its visit had been processed without it", DEADLINE)]
         held = group.held.setdefault(image.detector, [])
         held.append(image)
-        return [self._whole(group, image.detector)] if len(held) >= group.n_images else []
+        if len(held) >= group.n_images:
+            return self._whole(group, image.detector, now_tai)
+        if not now_tai < group.give_up_tai < float("inf"):
+            # Long after its time, from a buffer or the Catch-Up Archiver: the others are on their way too.
+            group.give_up_tai = now_tai + self._timeout_s
+        return []
 
-    def _whole(self, group: _Group, detector: int) -> Process:
-        """Process what came of a visit of several exposures."""
+    def _whole(self, group: _Group, detector: int, now_tai: float) -> list[Instruction]:
+        """Process what came of a visit of several exposures, and tell of those that did not come."""
         held = sorted(group.held.pop(detector), key=lambda image: image.exposure_id)
-        group.waiting.pop(detector, None)
+        is_prepared = group.waiting.pop(detector, None) is not None
         group.ended.add(detector)
-        note = "" if len(held) >= group.n_images else f"{len(held)} of {group.n_images} exposures came"
-        read_out = max(group.read_outs.get(image.obs_id, 0.0) for image in held)
-        return Process(held[0], group.visit, read_out, group.work or Work(), tuple(held[1:]), note)
+        first, came = held[0], {image.obs_id for image in held}
+        is_whole = len(held) >= group.n_images
+        process = Process(
+            first,
+            group.visit,
+            max(group.read_outs.values(), default=0.0),
+            group.work or Work(),
+            tuple(held[1:]),
+            "" if is_whole else f"{len(held)} of {group.n_images} exposures came",
+            # What waited in vain has the whole deadline before it; the same where no read-out was told.
+            0.0 if is_whole and group.read_outs else now_tai,
+        )
+        absent: list[Instruction] = [
+            Reject(
+                self._other(first, obs_id), "not at the archive: its visit is processed without it", DEADLINE
+            )
+            for obs_id in sorted(group.read_outs)
+            if obs_id not in came
+        ]
+        if group.is_left_out:
+            return [
+                *absent,
+                Miss(process, SAMPLED_OUT, "its visit was left out while the workers were behind"),
+            ]
+        if detector in group.caught_up:
+            dropped: list[Instruction] = [DropPreload(first.group_id, detector)] if is_prepared else []
+            return [*absent, *dropped, Miss(process, CAUGHT_UP, "brought by the Catch-Up Archiver")]
+        return [*absent, process]
+
+    @staticmethod
+    def _other(image: DetectorImage, obs_id: str) -> DetectorImage:
+        """Another exposure of the same visit and detector, of which there is no file."""
+        number = ObsId.parse(obs_id).exposure_id
+        return replace(image, obs_id=obs_id, exposure_id=number, path="", at_tai=0.0)
 
     def taken(self, process: Process, now_tai: float) -> None:
         """Know again what was given to a worker before a restart."""
@@ -321,15 +399,9 @@ class PromptState:
         group.waiting.pop(process.image.detector, None)
         group.ended.add(process.image.detector)
 
-    def awaits_snaps(self, unit: str) -> bool:
-        """Whether a visit of several exposures is under way."""
-        group = self._groups.get(unit)
-        return group is not None and group.n_images > 1
-
-    @property
-    def any_snaps(self) -> bool:
-        """Whether any visit of several exposures is under way."""
-        return any(group.n_images > 1 for group in self._groups.values())
+    def awaiting(self) -> set[str]:
+        """Visits of several exposures that are known."""
+        return {unit for unit, group in self._groups.items() if group.n_images > 1}
 
     def _work_of(self, unit: str, now: Work | None) -> Work:
         known = self._groups.get(unit)
@@ -339,14 +411,17 @@ class PromptState:
         """Give up what did not come, and forget what is old."""
         lost: list[Instruction] = []
         for group_id, group in list(self._groups.items()):
-            is_over = group.visit is not None and now_tai >= group.give_up_tai
+            is_over = now_tai >= group.give_up_tai
             if is_over:
-                lost += [self._whole(group, number) for number in list(group.held)]
+                for number in list(group.held):
+                    lost += self._whole(group, number, now_tai)
             if group.visit is not None and group.waiting and is_over:
                 reason = f"no image at the archive {self._timeout_s:.0f} s after " + (
                     "the end of read-out" if group.read_outs else "the announced end of the visit"
                 )
-                lost += [GiveUp(group.visit, number, group.obs_id, reason) for number in group.waiting]
+                taken = sorted(group.read_outs)
+                first, others = (taken[0] if taken else group.obs_id), tuple(taken[1:])
+                lost += [GiveUp(group.visit, number, first, reason, others) for number in group.waiting]
                 group.waiting = {}
             if not group.waiting and not group.held and now_tai - group.seen_tai > EXPIRY_S:
                 del self._groups[group_id]

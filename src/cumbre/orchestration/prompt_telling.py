@@ -9,7 +9,8 @@ from cumbre.bus import Bus
 from cumbre.core.errors import UserError
 from cumbre.core.time import Clock
 from cumbre.orchestration.models import SUCCESS, FinishedJob
-from cumbre.orchestration.prompt_state import DetectorImage
+from cumbre.orchestration.prompt_jobs import process_of
+from cumbre.orchestration.prompt_state import DetectorImage, Process
 
 QUALITY_FIELDS = (
     "band", "seeing", "zeroPoint", "skyLevel", "skyNoise", "nStars", "astrometricRms",
@@ -33,22 +34,24 @@ class Teller:
             When the preparation's own job ended; None when there was none, and it was done within this job.
         """
         payload, result = finished.job.payload, finished.result
-        image, value = DetectorImage(**payload["image"]), result.value
+        asked, value = process_of(payload), result.value
+        image = asked.image
         now = self.clock.now_tai_s()
         outcome = str(value.get("outcome", result.outcome))
         message = str(value.get("message", "") or result.message)
         latency = now - (payload["read_out_tai"] or image.at_tai)
         loaded = value.get("preload") or {}
-        if loaded:
+        for one in (*asked.snaps, image) if loaded else ():
             self.hop(
-                image, "preloaded", outcome=SUCCESS, message=str(loaded.get("note", "")),
+                one, "preloaded", outcome=SUCCESS, message=str(loaded.get("note", "")),
                 hop_tai=now if prepared_tai is None else prepared_tai,
             )  # fmt: skip
+        visit = int(value.get("visit", image.exposure_id))
         self.processed(
-            image, outcome=outcome, message=message, attempt=finished.attempts, latency_s=latency,
+            asked, visit=visit, outcome=outcome, message=message, attempt=finished.attempts, latency_s=latency,
             sources=int(value.get("n_sources", 0)), alerts=int(value.get("n_alerts", 0)),
         )  # fmt: skip
-        self._quality(image, value.get("quality") or {})
+        self._quality(image, visit, value.get("quality") or {})
         log.info(
             "%s detector %d: %s, %d alerts, %.1f s after read-out (%.2f s of work)%s",
             image.obs_id, image.detector, outcome, value.get("n_alerts", 0), latency, result.wall_s,
@@ -56,15 +59,19 @@ class Teller:
         )  # fmt: skip
 
     def processed(
-        self, image: DetectorImage, *, outcome: str, message: str, attempt: int = 1, latency_s: float = 0.0,
-        sources: int = 0, alerts: int = 0,
+        self, asked: Process, *, outcome: str, message: str, attempt: int = 1, latency_s: float = 0.0,
+        sources: int = 0, alerts: int = 0, visit: int = 0,
     ) -> None:  # fmt: skip
-        """Tell the hop of an image and the event of its detector."""
-        self.hop(image, "processed", outcome=outcome, message=message, attempt=attempt)
+        """Tell the hop of each exposure of a visit and the event of its detector."""
+        image, now = asked.image, self.clock.now_tai_s()
+        for snap in asked.snaps:
+            told = "; ".join(text for text in (f"with {image.obs_id}", message) if text)
+            self.hop(snap, "processed", outcome=outcome, message=told, attempt=attempt, hop_tai=now)
+        self.hop(image, "processed", outcome=outcome, message=message, attempt=attempt, hop_tai=now)
         self.detector(
             {
                 "obsId": image.obs_id,
-                "visit": image.exposure_id,
+                "visit": visit or image.exposure_id,
                 "detector": image.detector,
                 "groupId": image.group_id,
                 "nSources": sources,
@@ -103,12 +110,12 @@ class Teller:
             },
         )
 
-    def _quality(self, image: DetectorImage, measured: dict[str, Any]) -> None:
+    def _quality(self, image: DetectorImage, visit: int, measured: dict[str, Any]) -> None:
         quality = {k: item for k, item in measured.items() if k in QUALITY_FIELDS and item is not None}
         if not quality:
             return
         common = {
-            "visit": image.exposure_id,
+            "visit": visit,
             "detector": image.detector,
             "obsId": image.obs_id,
             "instrument": image.instrument,

@@ -162,7 +162,7 @@ def process(payload: dict[str, Any]) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``n_sources``, ``n_alerts``, ``quality`` (fields of Prompt.visitQuality), ``preload``.
+        ``visit``, ``n_sources``, ``n_alerts``, ``quality`` (fields of Prompt.visitQuality), ``preload``.
 
     Raises
     ------
@@ -191,6 +191,12 @@ def _process(payload: dict[str, Any]) -> dict[str, Any]:
     if level1.is_stored(image["exposure_id"], detector.id):
         return {"message": "stored by an earlier try", "is_repeat": True}
     raw = _read(image, instrument, detector)
+    # The number is that of the visit's first exposure, also where only a later one came.
+    visit_id = raw.metadata.visit_id
+    if visit_id != image["exposure_id"]:
+        if level1.is_stored(visit_id, detector.id):
+            return {"message": "its visit is stored without it", "visit": visit_id, "is_repeat": True}
+        raw = replace(raw, metadata=replace(raw.metadata, exposure_id=visit_id))
     if raw.metadata.image_type.lower() not in ("", "science", "object"):
         raise NoWorkFoundError(f"{image['obs_id']} is a {raw.metadata.image_type} exposure")
     if not (_is_number(raw.metadata.ra_deg) and _is_number(raw.metadata.dec_deg)):
@@ -210,7 +216,8 @@ def _process(payload: dict[str, Any]) -> dict[str, Any]:
     from cumbre.alerts.archive import rejections
 
     with ExitStack() as held:
-        raws = [raw, *(_read(snap, instrument, detector) for snap in payload["snaps"])]
+        others, unread = _read_snaps(payload["snaps"], instrument, detector)
+        raws = [raw, *others]
         made, packets = _produce(payload, raws, inputs, level1, held)
         rejected = rejections(
             made.dia_sources, (identifier for identifier, _ in packets), float(payload["reliability"])
@@ -219,7 +226,7 @@ def _process(payload: dict[str, Any]) -> dict[str, Any]:
             rejected, packets = rejected | {"late": len(packets)}, []
         try:
             level1.store(
-                image["exposure_id"],
+                visit_id,
                 detector.id,
                 dia_sources=made.dia_sources,
                 dia_objects=made.dia_objects,
@@ -231,10 +238,10 @@ def _process(payload: dict[str, Any]) -> dict[str, Any]:
         except ConflictError:
             log.info("stored meanwhile by another try")
     if made.injected is not None:
-        write_injected(Path(payload["site"]), image["exposure_id"], detector.id, band, made.injected)
-    if inputs.files and len(raws) == 1:
+        write_injected(Path(payload["site"]), visit_id, detector.id, band, made.injected)
+    if inputs.files:
         try:
-            write_record(Path(payload["site"]), raw=raw, inputs=inputs, made=made, payload=payload)
+            write_record(Path(payload["site"]), raws=raws, inputs=inputs, made=made, payload=payload)
         except OSError as error:
             log.warning("how it was made is not recorded, its images cannot be made again: %s", error)
     wall = time.monotonic() - begun
@@ -242,7 +249,8 @@ def _process(payload: dict[str, Any]) -> dict[str, Any]:
     for warning in made.warnings:
         log.warning("%s", warning)
     return {
-        "message": "; ".join(text for text in (payload.get("note", ""), *made.warnings) if text),
+        "visit": visit_id,
+        "message": "; ".join(text for text in (payload.get("note", ""), *unread, *made.warnings) if text),
         "n_sources": len(made.dia_sources),
         "n_alerts": len(packets),
         "quality": _quality(made.quality, band, wall),
@@ -409,6 +417,20 @@ def _read(image: dict[str, Any], instrument: Instrument, detector: Detector) -> 
             f"expected {image['obs_id']} {detector.name}"
         )
     return raw
+
+
+def _read_snaps(
+    snaps: list[dict[str, Any]], instrument: Instrument, detector: Detector
+) -> tuple[list[RawDetector], list[str]]:
+    """Further exposures of the visit, and why some cannot be used: the visit is worth processing without them."""
+    good, unread = [], []
+    for snap in snaps:
+        try:
+            good.append(_read(snap, instrument, detector))
+        except UnprocessableDataError as error:
+            log.warning("%s", error)
+            unread.append(f"without {snap['obs_id']}: {error}")
+    return good, unread
 
 
 def _inputs(

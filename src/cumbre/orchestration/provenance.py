@@ -11,6 +11,8 @@ import hashlib
 import json
 import os
 import secrets
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +87,7 @@ def pixel_checksum(exposure: Exposure) -> str:
 
 
 def write_record(
-    root: Path, *, raw: RawDetector, inputs: Inputs, made: DetectorResult, payload: dict[str, Any]
+    root: Path, *, raws: Sequence[RawDetector], inputs: Inputs, made: DetectorResult, payload: dict[str, Any]
 ) -> Path:
     """Store what one detector image was made of; returns the record's path.
 
@@ -93,12 +95,15 @@ def write_record(
     ----------
     root
         Folder of the site.
+    raws
+        The exposures of the visit, the one that gives the record its name first.
     payload
         Of the job: its parameters are kept.
     """
     import cumbre
     from cumbre.observatory.control.software import installed_hash
 
+    raw = raws[0]
     about = {
         "format": FORMAT,
         "obs_id": raw.metadata.obs_id,
@@ -107,6 +112,10 @@ def write_record(
         "detector_name": raw.detector.name,
         "instrument": payload["instrument"],
         "raw": {"name": Path(raw.path).name, "sha256": sha256_of(Path(raw.path))},
+        "snaps": [
+            {"obs_id": one.metadata.obs_id, "name": Path(one.path).name, "sha256": sha256_of(Path(one.path))}
+            for one in raws[1:]
+        ],
         "inputs": inputs.files,
         "field": {"ra": inputs.field.centre_ra, "dec": inputs.field.centre_dec, "radius": inputs.field.radius_deg},
         "template_tile": inputs.template_tile,
@@ -144,8 +153,18 @@ def read_record(path: Path) -> dict[str, Any]:
     return about
 
 
-def reproduce(root: Path, record: dict[str, Any], raw: Path) -> DetectorResult:
+def snaps_of(record: dict[str, Any]) -> list[str]:
+    """Further exposures (obs_id) of which an image was made, in order."""
+    return [snap["obs_id"] for snap in record.get("snaps", ())]
+
+
+def reproduce(root: Path, record: dict[str, Any], *raws: Path) -> DetectorResult:
     """Process an image as its record says, with the inputs of then; nothing is stored.
+
+    Parameters
+    ----------
+    raws
+        Raw files of the record's exposure and of :func:`snaps_of` it.
 
     Raises
     ------
@@ -163,8 +182,12 @@ def reproduce(root: Path, record: dict[str, Any], raw: Path) -> DetectorResult:
     from cumbre.payloads.raw import read_raw
     from cumbre.payloads.refcat import RefCat
 
-    if (found := sha256_of(raw)) != record["raw"]["sha256"]:
-        raise BadFileError(f"{raw}: {found}, expected the raw file of then: {record['raw']['sha256']}")
+    then = [record["raw"]["sha256"], *(snap["sha256"] for snap in record.get("snaps", ()))]
+    if len(raws) != len(then):
+        raise BadFileError(f"{record['obs_id']}: {len(raws)} raw files, expected the {len(then)} of then")
+    for path, expected in zip(raws, then, strict=True):
+        if (found := sha256_of(path)) != expected:
+            raise BadFileError(f"{path}: {found}, expected the raw file of then: {expected}")
     paths = {}
     for name, file in record["inputs"].items():
         path = root / FOLDER / INPUTS / file
@@ -175,8 +198,11 @@ def reproduce(root: Path, record: dict[str, Any], raw: Path) -> DetectorResult:
         paths[name] = path
     instrument = load_instrument(record["instrument"])
     field, parameters = record["field"], record["parameters"]
+    images = [read_raw(path, instrument) for path in raws]
+    if images[0].metadata.exposure_id != record["visit"]:
+        images[0] = replace(images[0], metadata=replace(images[0].metadata, exposure_id=record["visit"]))
     return produce(
-        read_raw(raw, instrument),
+        images,
         Calibrations.load(paths["calibrations"]),
         load_exposure(paths["template"]),
         RefCat.load(paths["reference"], (field["ra"], field["dec"]), field["radius"]),

@@ -7,12 +7,13 @@ one machine; a ``postgresql+psycopg2://`` URL is for a server that has ``btree_g
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from cumbre.core.errors import ConflictError, NotFoundError, TransientError, UserError
 from cumbre.core.header import ObservationMetadata
+from cumbre.core.ids import ObsId
 from cumbre.core.instrument import Instrument
 from cumbre.repository.records import BY_GROUP, ONE_TO_ONE, exposure_records, sees_sky, visit_records
 from cumbre.repository.storage import FORMATTERS, RAW, STORAGE_CLASSES, declare
@@ -176,7 +177,7 @@ class Repository:
         transfer
             Butler transfer mode: direct, copy, hardlink, symlink, move.
         visit_system
-            How visits are defined for exposures of the sky; None for no visits.
+            How visits are defined for exposures of the sky (:meth:`define_visit`); None for no visits.
 
         Raises
         ------
@@ -222,7 +223,9 @@ class Repository:
     def define_visit(self, metadata: ObservationMetadata, system: int = ONE_TO_ONE) -> int | None:
         """Define the visit of an exposure that is in the registry, with regions on the sky.
 
-        With ``BY_GROUP`` all exposures of a group are one visit, numbered by the first that came.
+        The exposures of one ``takeImages`` with a group id are one visit, as their headers say. It has number and name
+        of the first of them, whichever comes first. With ``BY_GROUP`` all exposures of a group are one visit too,
+        named by the group and numbered by the first that came.
 
         Returns
         -------
@@ -238,9 +241,14 @@ class Repository:
         )
         if defined:
             return int(defined[0].visit)
-        visit, name = metadata.exposure_id, metadata.obs_id
-        if system == BY_GROUP:
+        visit, name = metadata.visit_id, metadata.obs_id
+        if metadata.sequence_length > 1:
+            name = str(replace(ObsId.parse(metadata.obs_id), seq_num=visit % 100000))
+            system = BY_GROUP
+        elif system == BY_GROUP:
             name = metadata.group_id
+        earlier: Sequence[Any] = ()
+        if system == BY_GROUP:
             earlier = self.butler.query_dimension_records(
                 "visit",
                 instrument=metadata.instrument,
@@ -248,31 +256,31 @@ class Repository:
                 bind={"n": name},
                 explain=False,
             )
-            if earlier:
-                visit = earlier[0].id
-                exposure = self._joined(exposure, earlier[0])
+        if earlier:
+            visit = earlier[0].id
+            exposure = self._joined(exposure, earlier[0], is_first=metadata.exposure_id == visit)
         instrument = self.instrument(metadata.instrument)
         rows = visit_records(instrument, exposure, visit=visit, name=name, system=system)
-        if visit != metadata.exposure_id:
-            # Regions stay those of the first exposure of the group.
+        if earlier:
+            # Regions stay those of the exposure that came first.
             rows["visit"][0]["region"] = earlier[0].region
             rows.pop("visit_detector_region")
+        elif visit != metadata.exposure_id:
+            rows["visit"][0]["seq_num"] = visit % 100000
         registry.syncDimensionData("visit", rows.pop("visit")[0], update=system == BY_GROUP)
         for element, many in rows.items():
             registry.insertDimensionData(element, *many, skip_existing=True)
         return visit
 
     @staticmethod
-    def _joined(exposure: dict[str, Any], visit: Any) -> dict[str, Any]:
+    def _joined(exposure: dict[str, Any], visit: Any, *, is_first: bool) -> dict[str, Any]:
         """The visit of a group after one more exposure: the sum of open times, the union of spans."""
         from lsst.daf.butler import Timespan
 
         span, other = visit.timespan, exposure["timespan"]
         begin, end = min(span.begin, other.begin), max(span.end, other.end)
-        first = {
-            key: getattr(visit, key)
-            for key in ("observation_reason", "azimuth", "zenith_angle", "target_name")
-        }
+        words = ("observation_reason", "azimuth", "zenith_angle", "target_name")
+        first = {key: exposure[key] if is_first else getattr(visit, key) for key in words}
         return (
             exposure
             | first

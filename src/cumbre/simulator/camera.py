@@ -375,6 +375,8 @@ class SimulatedCamera:
                 "sizes": {name: size for name, (size, _, _) in files.items()},
                 "sha256": {name: sha256 for name, (_, sha256, _) in files.items()},
                 "group_id": request.group_id,
+                "index": started.index,
+                "total": started.total,
                 "image_type": request.image_type,
                 "exposure_s": request.exposure_s,
                 "filter": request.filter,

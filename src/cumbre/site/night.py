@@ -75,7 +75,7 @@ class Fault:
 class NightState:
     """What the terminal shows."""
 
-    visits: int
+    images: int
     earlier: int = 0
     taken: int = 0
     hops: dict[str, int] = field(default_factory=dict)
@@ -291,8 +291,8 @@ def observe_state(db: Database, site: Site, state: NightState) -> None:
     state.alerts = int(alerts[0]["n"])
     lag = db.query(
         "SELECT percentile_cont(0.5) WITHIN GROUP (ORDER BY p.hop_tai - r.hop_tai) AS lag"
-        " FROM ledger.hop p JOIN ledger.hop r USING (obs_id, detector)"
-        " WHERE p.hop = 'processed' AND r.hop = 'read_out' AND p.detector >= 0", ()
+        " FROM ledger.hop p JOIN ledger.visit_read_out r USING (obs_id, detector)"
+        " WHERE p.hop = 'processed' AND p.detector >= 0", ()
     )  # fmt: skip
     state.lag_s = None if lag[0]["lag"] is None else float(lag[0]["lag"])
 
@@ -309,19 +309,23 @@ def watch(site: Site, visits: int, faults: list[Fault], show: Progress, *, earli
     """
     clock = open_site_clock(site)
     config = site.config
-    detectors = sum(len(load_instrument(name).detectors) for name in config.instruments[:1])
-    state = NightState(visits=visits, earlier=earlier, expected=(earlier + visits) * detectors)
+    instrument = load_instrument(config.instruments[0])
+    detectors = len(instrument.detectors)
+    scheduler = config.scheduler
+    images = visits * scheduler.snaps
+    state = NightState(images=images, earlier=earlier, expected=(earlier + images) * detectors)
     db = site_database(site)
     pending, outages = list(faults), list[tuple[float, str]]()
     # Long enough for every visit at the slowest cadence, real seconds, with room for faults.
-    limit_s = clock.wall_s(visits * (config.scheduler.cadence_s * 3 + 60) + 600) + 120
+    visit_s = max(scheduler.cadence_s, scheduler.snaps * (scheduler.exposure_s + instrument.readout_s))
+    limit_s = clock.wall_s(visits * (visit_s * 3 + 60) + 600) + 120
     started = moved = time.monotonic()
     last: Any = None
     while True:
         now = time.monotonic()
         with contextlib.suppress(CumbreError, OSError):
             observe_state(db, site, state)
-        while pending and state.taken - earlier >= pending[0].at * visits:
+        while pending and state.taken - earlier >= pending[0].at * images:
             fault = pending.pop(0)
             state.message = cause(site, fault)
             state.faults.append(state.message)

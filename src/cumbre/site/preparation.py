@@ -101,7 +101,7 @@ def tasks(site: Site, instrument: Instrument, sky: Sky) -> Iterable[Task]:
         instrument,
         sky,
         epochs=config.simulator.template_epochs,
-        exposure_s=config.scheduler.exposure_s,
+        exposure_s=config.scheduler.exposure_s * config.scheduler.snaps,
         filters=bands,
     )
     record_templates(where["sky"], instrument, sky, visits)

@@ -51,6 +51,7 @@ tls:                        # links are encrypted and both ends are known: docs/
   authority: certificates/ca.crt
 scheduler:
   exposure_s: 30
+  snaps: 1                  # exposures of a visit: 2 with exposure_s: 15 for pairs
   cadence_s: 37
   notice_s: 22
   tiles: 3

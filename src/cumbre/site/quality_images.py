@@ -141,12 +141,13 @@ def make_cases(
             preparation.make(task)
     reference = RefCat.load(where["refcat"])
     tile, band = sky.tiles[0], site.config.scheduler.filters[0]
+    exposure_s = site.config.scheduler.exposure_s * site.config.scheduler.snaps
     filter_name = instrument.filter(band).name
     for number, day in enumerate(VISIT_DAYS[:visits]):
         begin = sky.start_tai + 1800.0 + day * SIDEREAL_DAY_S + 900.0 * number
         obs_id = str(ObsId(day_obs_from_tai(begin), 500 + number, instrument.prefix))
         request = ExposureRequest(
-            obs_id, "OBJECT", site.config.scheduler.exposure_s, filter_name, tile.ra, tile.dec, 0.0, begin,
+            obs_id, "OBJECT", exposure_s, filter_name, tile.ra, tile.dec, 0.0, begin,
             group_id=f"v{number}",
         )  # fmt: skip
         for name in chosen:

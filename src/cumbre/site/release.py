@@ -126,8 +126,9 @@ def _objects(index: Path, progress: Callable[[int, int], None]) -> dict[str, Any
 
 def _visits(site: Site) -> dict[str, Any]:
     rows = site_database(site).execute(
-        "SELECT exposure_id, obs_id, band, exposure_s, (begin_tai + end_tai) / 2, ra, dec FROM ledger.image"
-        " WHERE ra IS NOT NULL AND dec IS NOT NULL AND exposure_id IS NOT NULL AND begin_tai IS NOT NULL ORDER BY begin_tai"
+        "SELECT coalesce(visit, exposure_id), min(obs_id), min(band), sum(exposure_s), (min(begin_tai) + max(end_tai)) / 2,"
+        " min(ra), min(dec) FROM ledger.image WHERE ra IS NOT NULL AND dec IS NOT NULL AND exposure_id IS NOT NULL"
+        " AND begin_tai IS NOT NULL GROUP BY instrument, coalesce(visit, exposure_id) ORDER BY min(begin_tai)"
     )
     from cumbre.core.time import mjd_from_seconds
 

@@ -17,9 +17,10 @@ import numpy as np
 from cumbre.core.configuration import Site
 from cumbre.core.instrument import load_instrument
 from cumbre.core.time import isot, utc_from_tai
+from cumbre.ledger.schema import VISIT_HOPS
 from cumbre.site.night import daq_images
 from cumbre.site.roles import site_database
-from cumbre.site.truth import Score, injected, score
+from cumbre.site.truth import Score, injected, of_visit, score
 from cumbre.stores.files import write_atomic
 from cumbre.web.views import HOPS
 
@@ -76,6 +77,7 @@ def collect(site: Site, db: Database) -> dict[str, Any]:
         "seed": site.config.simulator.seed if site.config.simulator else None,
         "images_taken": len(taken),
         "detector_images": len(wanted),
+        "visits": visits(db),
         "verified_base": _whole(taken, names, good["base"]),
         "verified_archive": _whole(taken, names, good["archive"]),
         "lost": len({obs_id for obs_id, _ in lost}),
@@ -85,7 +87,7 @@ def collect(site: Site, db: Database) -> dict[str, Any]:
             "p50": _percentile(values, 50),
             "p98": _percentile(values, 98),
             "required": site.config.prompt.deadline_s,
-            "clock": "night seconds, end of read-out to the detector's alerts stored and queued",
+            "clock": "night seconds, end of the visit's last read-out to the detector's alerts stored and queued",
         },
         "processed": len(latency),
         "outcomes": outcomes(db),
@@ -107,6 +109,15 @@ def collect(site: Site, db: Database) -> dict[str, Any]:
 
 def _whole(taken: list[str], names: list[str], good: set[tuple[str, str]]) -> int:
     return sum(all((obs_id, name) in good for name in names) for obs_id in taken)
+
+
+def visits(db: Database) -> dict[str, int]:
+    """Visits of the sky, and those of several exposures."""
+    rows = db.execute(
+        "SELECT count(*), count(*) FILTER (WHERE n > 1) FROM (SELECT count(*) AS n FROM ledger.image"
+        " WHERE image_type = 'OBJECT' GROUP BY instrument, coalesce(visit, exposure_id)) v"
+    )
+    return {"taken": int(rows[0][0]), "of_several_exposures": int(rows[0][1])}
 
 
 def _percentile(values: np.ndarray[Any, Any], q: float) -> float | None:
@@ -149,13 +160,20 @@ def verify_copies(site: Site, db: Database, taken: list[str]) -> dict[str, dict[
 
 
 def latencies(db: Database) -> list[dict[str, Any]]:
-    """Per detector image: end of read-out to alerts stored, night seconds, and the hops between."""
+    """Per detector and visit: end of the last read-out to alerts stored, night seconds.
+
+    ``obs_id`` names the first exposure. An exposure that the others were processed without has no row.
+    """
     return db.query(
         """
-        SELECT p.obs_id, p.detector, p.outcome, min(p.hop_tai) - min(r.hop_tai) AS latency_s
-        FROM ledger.hop p JOIN ledger.hop r USING (obs_id, detector)
-        WHERE p.hop = 'processed' AND r.hop = 'read_out' AND p.detector >= 0
-        GROUP BY p.obs_id, p.detector, p.outcome ORDER BY p.obs_id, p.detector
+        SELECT min(i.obs_id) AS obs_id, p.detector, (array_agg(p.outcome ORDER BY p.hop_tai, i.obs_id))[1] AS outcome,
+               min(p.hop_tai) - max(r.hop_tai) AS latency_s
+        FROM (SELECT p.*, bool_or(p.outcome = 'ok') OVER (PARTITION BY j.instrument, p.detector,
+                     coalesce(j.visit, j.exposure_id)) AS is_made
+              FROM ledger.hop p JOIN ledger.image j USING (obs_id) WHERE p.hop = 'processed' AND p.detector >= 0) p
+        JOIN ledger.image i USING (obs_id) JOIN ledger.visit_read_out r USING (obs_id, detector)
+        WHERE p.outcome = 'ok' OR NOT p.is_made
+        GROUP BY i.instrument, p.detector, coalesce(i.visit, i.exposure_id) ORDER BY 1, 2
         """,
         (),
     )
@@ -178,17 +196,21 @@ def missed(db: Database) -> dict[str, dict[str, int]]:
 
 
 def hop_table(db: Database) -> list[dict[str, Any]]:
-    """Each hop: count, and the lag behind the end of read-out (p50, p98), night seconds."""
+    """Each hop: count, and the lag behind the end of read-out (p50, p98), night seconds.
+
+    What is made of a whole visit lags behind the last read-out of its exposures.
+    """
     rows = db.query(
         """
-        SELECT h.hop, count(*) AS count,
-               percentile_cont(0.5) WITHIN GROUP (ORDER BY h.hop_tai - r.hop_tai) AS p50,
-               percentile_cont(0.98) WITHIN GROUP (ORDER BY h.hop_tai - r.hop_tai) AS p98
-        FROM ledger.hop h JOIN ledger.hop r
-          ON r.obs_id = h.obs_id AND r.detector = h.detector AND r.hop = 'read_out'
-        WHERE h.detector >= 0 GROUP BY h.hop
+        SELECT hop, count(*) AS count, percentile_cont(0.5) WITHIN GROUP (ORDER BY lag) AS p50,
+               percentile_cont(0.98) WITHIN GROUP (ORDER BY lag) AS p98
+        FROM (SELECT h.hop, h.hop_tai - CASE WHEN h.hop = ANY(%s) THEN v.hop_tai ELSE r.hop_tai END AS lag
+              FROM ledger.hop h JOIN ledger.hop r
+                ON r.obs_id = h.obs_id AND r.detector = h.detector AND r.hop = 'read_out'
+              JOIN ledger.visit_read_out v ON v.obs_id = h.obs_id AND v.detector = h.detector
+              WHERE h.detector >= 0) lags GROUP BY hop
         """,
-        (),
+        (list(VISIT_HOPS),),
     )
     by_name = {row["hop"]: row for row in rows}
     return [
@@ -221,22 +243,27 @@ def truth_score(site: Site, db: Database) -> Score:
         (site.config.prompt.reliability,),
     )
     done = db.query(
-        "SELECT h.obs_id, h.detector, i.exposure_id FROM ledger.hop h JOIN ledger.image i USING (obs_id)"
-        " WHERE h.hop = 'processed' AND h.detector >= 0 AND lower(h.outcome) IN ('ok', 'success')",
+        "SELECT h.detector, coalesce(i.visit, i.exposure_id) AS visit, array_agg(i.obs_id ORDER BY i.obs_id) AS obs_ids"
+        " FROM ledger.hop h JOIN ledger.image i USING (obs_id)"
+        " WHERE h.hop = 'processed' AND h.detector >= 0 AND lower(h.outcome) IN ('ok', 'success')"
+        " GROUP BY i.instrument, h.detector, coalesce(i.visit, i.exposure_id) ORDER BY 3, 1",
         (),
     )
     pairs = []
     for row in done:
-        path = site.root / "simulator" / f"truth_{row['obs_id']}.parquet"
-        if not path.exists():
+        exposures = []
+        for obs_id in row["obs_ids"]:
+            path = site.root / "simulator" / f"truth_{obs_id}.parquet"
+            if not path.exists():
+                continue
+            table = pq.read_table(path)
+            here = np.flatnonzero(table["detector"].to_numpy() == row["detector"])
+            names = ("id", "kind", "ra", "dec", "x", "y", "snr", "mag", "usable")
+            exposures.append({name: table[name].to_numpy(zero_copy_only=False)[here] for name in names})
+        if not exposures:
             continue
-        table = pq.read_table(path)
-        here = np.flatnonzero(table["detector"].to_numpy() == row["detector"])
-        truth = {
-            name: table[name].to_numpy(zero_copy_only=False)[here]
-            for name in ("id", "kind", "ra", "dec", "x", "y", "snr", "mag", "usable")
-        }
-        mine = [s for s in sources if s["visit"] == row["exposure_id"] and s["detector"] == row["detector"]]
+        truth = of_visit(exposures)
+        mine = [s for s in sources if s["visit"] == row["visit"] and s["detector"] == row["detector"]]
         detections = {name: np.array([s[name] for s in mine]) for name in ("id", "ra", "dec", "snr")}
         pairs.append((truth, detections))
     return score(pairs)
@@ -248,7 +275,8 @@ def summary_lines(data: dict[str, Any]) -> list[str]:
     percent = {k: "–" if data[k] is None else f"{100 * data[k]:.1f} %" for k in ("completeness", "purity")}
     lines = [
         "",
-        f"images taken        {data['images_taken']} ({data['detector_images']} detector images)",
+        f"images taken        {data['images_taken']} ({data['detector_images']} detector images)"
+        + (f" in {data['visits']['taken']} visits" if data["visits"]["of_several_exposures"] else ""),
         f"verified at base    {data['verified_base']}",
         f"verified at archive {data['verified_archive']}",
         f"lost                {data['lost']}",

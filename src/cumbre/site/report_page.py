@@ -13,6 +13,7 @@ import numpy as np
 
 from cumbre.core.configuration import Site
 from cumbre.core.errors import CumbreError
+from cumbre.ledger.schema import VISIT_HOPS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,8 +57,9 @@ def pictures(site: Site, db: Database, data: dict[str, Any]) -> dict[str, str]:
     """Name → picture as a data URI; a picture without data is left out."""
     out = {}
     rows = db.query(
-        "SELECT i.seq_num, h.detector, h.hop, min(h.hop_tai) AS tai FROM ledger.hop h"
-        " JOIN ledger.image i USING (obs_id) WHERE h.detector >= 0 GROUP BY i.seq_num, h.detector, h.hop",
+        "SELECT i.seq_num, h.detector, h.hop, min(h.hop_tai) AS tai, min(v.hop_tai) AS visit_tai FROM ledger.hop h"
+        " JOIN ledger.image i USING (obs_id) JOIN ledger.visit_read_out v USING (obs_id, detector)"
+        " WHERE h.detector >= 0 GROUP BY i.seq_num, h.detector, h.hop",
         (),
     )
     if rows:
@@ -72,12 +74,15 @@ def pictures(site: Site, db: Database, data: dict[str, Any]) -> dict[str, str]:
 
 
 def _timeline(rows: list[dict[str, Any]], deadline_s: float) -> str:
-    """Every detector image from the end of read-out to its alerts; the dashed line is the requirement."""
+    """Every detector image from the end of read-out to its alerts; the dashed line is the requirement.
+
+    Processed counts from the last read-out of the visit.
+    """
     read = {(r["seq_num"], r["detector"]): r["tai"] for r in rows if r["hop"] == "read_out"}
     keys = sorted(read)
     figure, axes = _figure(9, max(2.2, 0.09 * len(keys) + 1.1))
     for hop, colour in HOP_COLOURS.items():
-        points = [(r["tai"] - read[k], keys.index(k)) for r in rows
+        points = [(r["tai"] - (r["visit_tai"] if hop in VISIT_HOPS else read[k]), keys.index(k)) for r in rows
                   if r["hop"] == hop and (k := (r["seq_num"], r["detector"])) in read]  # fmt: skip
         if points:
             x, y = np.array(points).T
@@ -187,6 +192,13 @@ def _card(label: str, value: Any, note: str, *, good: bool = True) -> str:
     )
 
 
+def _taken(data: dict[str, Any]) -> str:
+    several = data["visits"]["of_several_exposures"]
+    return f"{data['detector_images']} detector images" + (
+        f" in {data['visits']['taken']} visits" if several else ""
+    )
+
+
 def _percent(value: float | None) -> str:
     return "–" if value is None or math.isnan(value) else f"{100 * value:.1f} %"
 
@@ -208,7 +220,7 @@ def page(site: Site, data: dict[str, Any], images: dict[str, str]) -> str:
     taken = data["images_taken"]
     p98 = latency["p98"]
     cards = [
-        _card("images taken", taken, f"{data['detector_images']} detector images"),
+        _card("images taken", taken, _taken(data)),
         _card("verified at base", data["verified_base"], "re-hashed", good=data["verified_base"] == taken),
         _card("verified at archive", data["verified_archive"], "re-hashed", good=data["verified_archive"] == taken),
         _card("lost", data["lost"], "must be 0", good=data["lost"] == 0),
@@ -228,7 +240,10 @@ def page(site: Site, data: dict[str, Any], images: dict[str, str]) -> str:
             f'<h2>From shutter to alert</h2><img alt="timeline of each image" src="{images["timeline"]}">'
         )
     parts.append("<h2>Hops</h2>" + _table(data["hops"], ["hop", "count", "p50", "p98"]))
-    parts.append("<p>Lag behind the end of read-out in night seconds.</p>")
+    lag = "Lag behind the end of read-out in night seconds"
+    if data["visits"]["of_several_exposures"]:
+        lag += "; of processed and alerted, behind the last read-out of the visit"
+    parts.append(f"<p>{lag}.</p>")
     if "completeness" in images:
         parts.append(
             f'<h2>Against the truth</h2><img alt="completeness per magnitude" src="{images["completeness"]}">'

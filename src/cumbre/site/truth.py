@@ -119,6 +119,32 @@ def score(
     return Score(int(total.sum()), int(found.sum()), n_detections, n_true, by_kind, rows, missed, false)
 
 
+def of_visit(exposures: list[dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+    """Truth of a visit from that of each of its exposures, all of one detector.
+
+    What is on several of them is once in the visit: at the mean place, with the signal-to-noise ratio of the sum
+    (noise of equal exposures is the same and independent), usable where it is in all. What only one of them has is
+    taken as it is there.
+    """
+    if len(exposures) == 1:
+        return exposures[0]
+    every = {name: np.concatenate([table[name] for table in exposures]) for name in exposures[0]}
+    _, first, which = np.unique(every["id"], return_index=True, return_inverse=True)
+    n = len(first)
+    count = np.bincount(which, minlength=n)
+    out = {name: values[first] for name, values in every.items()}
+    for name in ("ra", "dec", "x", "y", "mag"):
+        # measured from the first: right ascensions may lie on both sides of 0
+        away = every[name] - out[name][which]
+        if name == "ra":
+            away = (away + 180.0) % 360.0 - 180.0
+        out[name] = out[name] + np.bincount(which, away, n) / count
+    out["ra"] = out["ra"] % 360.0
+    out["snr"] = np.bincount(which, every["snr"], n) / np.sqrt(float(len(exposures)))
+    out["usable"] = np.bincount(which, every["usable"].astype(float), n) == count
+    return out
+
+
 def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from cumbre.core.time import Clock, day_obs_from_tai, isot, mjd_from_seconds, utc_from_tai
+from cumbre.ledger.schema import VISIT_HOPS
 
 if TYPE_CHECKING:
     from cumbre.core.configuration import SiteConfig
@@ -39,9 +40,9 @@ def expected_hops(config: SiteConfig) -> list[str]:
 def flow(db: Database, clock: Clock, expected: Collection[str] = ()) -> dict[str, Any]:
     """Each hop from shutter to alert: how many detector images passed, lag behind the shutter, backlog.
 
-    Lag is the median of the hop's time minus the end of read-out over the last 40 detector images, in night
-    seconds. Backlog counts detector images read out that have not passed the hop. Only what passed with the
-    outcome ok counts; failures stand apart.
+    Lag is the median of the hop's time minus the end of read-out (of the visit's last exposure where all of them
+    are needed) over the last 40 detector images, in night seconds. Backlog counts detector images read out that
+    have not passed the hop. Only what passed with the outcome ok counts; failures stand apart.
 
     Parameters
     ----------
@@ -54,8 +55,10 @@ def flow(db: Database, clock: Clock, expected: Collection[str] = ()) -> dict[str
                       WHERE hop = 'read_out' AND outcome = 'ok' AND detector >= 0),
              -- a hop of the whole image (detector -1: its header) is a hop of each detector read out
              passed AS (SELECT h.hop, r.obs_id, r.detector, min(h.hop_tai) AS hop_tai,
-                               min(h.hop_tai) - min(r.hop_tai) AS lag
+                               min(h.hop_tai) - CASE WHEN h.hop = ANY(%s) THEN min(v.hop_tai) ELSE min(r.hop_tai) END
+                               AS lag
                         FROM ledger.hop h JOIN read r ON r.obs_id = h.obs_id AND h.detector IN (r.detector, -1)
+                        JOIN ledger.visit_read_out v ON v.obs_id = r.obs_id AND v.detector = r.detector
                         WHERE h.outcome = 'ok'
                         GROUP BY h.hop, r.obs_id, r.detector),
              ranked AS (SELECT *, row_number() OVER (PARTITION BY hop ORDER BY hop_tai DESC) AS n FROM passed)
@@ -64,7 +67,7 @@ def flow(db: Database, clock: Clock, expected: Collection[str] = ()) -> dict[str
                max(hop_tai) AS last_tai
         FROM ranked GROUP BY hop
         """,
-        (),
+        (list(VISIT_HOPS),),
     )
     by_name = {row["hop"]: row for row in rows}
     waiting = int(by_name["read_out"]["count"]) if "read_out" in by_name else 0

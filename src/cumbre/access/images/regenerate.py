@@ -118,29 +118,43 @@ class Regenerator:
         with self._one:  # each needs a core and gigabytes
             if not self.is_made(image):
                 raw = self._catalogue.find(f"{RAW}/{image.obs_id}/{image.detector_name}", who)
-                self._make(raw, folder, on_cancel)
+                snaps = [
+                    self._catalogue.find(f"{RAW}/{obs_id}/{image.detector_name}", who)
+                    for obs_id in self._snaps(raw)
+                ]
+                self._make([raw, *snaps], folder, on_cancel)
                 self._make_room(folder)
         for path in folder.iterdir():
             os.utime(path)
         report: dict[str, Any] = json.loads((folder / REPORT).read_bytes())
         return report
 
-    def _make(self, raw: Image, folder: Path, on_cancel: Callable[[Callable[[], None]], None]) -> None:
+    def _snaps(self, raw: Image) -> list[str]:
+        """Further exposures of which its images were made."""
+        from cumbre.orchestration.provenance import read_record, snaps_of
+
+        return snaps_of(read_record(self._record_path(raw)))
+
+    @staticmethod
+    def _local(raw: Image, target: Path) -> str:
+        """Path of a raw file that is here, or was fetched to ``target``."""
+        if is_remote(raw.path):
+            store, key = place_of(raw.path)
+            target.write_bytes(store.get(key))
+            return str(target)
+        if not Path(raw.path).is_file():
+            raise NotFoundError(f"{raw.image_id}: the raw file is not in the cache any more; it is on tape")
+        return raw.path
+
+    def _make(self, raws: list[Image], folder: Path, on_cancel: Callable[[Callable[[], None]], None]) -> None:
         from cumbre.orchestration.task import THREAD_VARIABLES
 
         self._cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._cache, prefix=".making-") as made:
-            path = raw.path
-            if is_remote(path):
-                store, key = place_of(path)
-                path = str(Path(made, "raw.fits"))
-                Path(path).write_bytes(store.get(key))
-            elif not Path(path).is_file():
-                raise NotFoundError(
-                    f"{raw.image_id}: the raw file is not in the cache any more; it is on tape"
-                )
+            raw, fetched = raws[0], [Path(made, f"raw-{number}.fits") for number in range(len(raws))]
+            paths = [self._local(one, target) for one, target in zip(raws, fetched, strict=True)]
             process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(self._root), str(self._record_path(raw)), path, made],
+                [sys.executable, "-m", __name__, str(self._root), str(self._record_path(raw)), made, *paths],
                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                 env=os.environ | dict.fromkeys(THREAD_VARIABLES, "1"),
             )  # fmt: skip
@@ -152,7 +166,8 @@ class Regenerator:
                 raise UnprocessableDataError(
                     f"{raw.image_id}: {said.strip().splitlines()[-1] if said.strip() else 'the work failed'}"
                 )
-            Path(made, "raw.fits").unlink(missing_ok=True)
+            for target in fetched:
+                target.unlink(missing_ok=True)
             try:
                 os.rename(made, folder)
             except OSError as error:
@@ -176,18 +191,18 @@ class Regenerator:
 
 
 def main(arguments: list[str]) -> int:
-    """Make the images of one record: ROOT RECORD RAW FOLDER; the last line of what is said tells what is wrong."""
+    """Make the images of one record: ROOT RECORD FOLDER RAW…; the last line of what is said tells what is wrong."""
     from cumbre.observatory.control.software import installed_hash
     from cumbre.orchestration.provenance import pixel_checksum, read_record, reproduce
     from cumbre.orchestration.task import one_thread
     from cumbre.payloads.exposure_file import save_exposure
 
-    root, record_file, raw, folder = (Path(argument) for argument in arguments)
+    root, record_file, folder, *raws = (Path(argument) for argument in arguments)
     one_thread()
     os.nice(5)
     try:
         record = read_record(record_file)
-        made = reproduce(root, record, raw)
+        made = reproduce(root, record, *raws)
     except CumbreError as error:
         sys.stderr.write(f"{error}\n")
         return 1
