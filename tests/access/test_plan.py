@@ -130,3 +130,23 @@ def test_a_new_prediction_replaces_the_one_before(night, database):
     bus.publish("ScriptQueue.nextVisitCanceled", {"groupId": "g2"})
     predict()
     assert states(database) == {"DemoCam-20261120-2": "Aborted", "other": "Scheduled"}
+
+
+def test_a_visit_of_two_exposures_is_performed_with_the_second(night, database):
+    bus, keeper = night[1], night[3]
+    visit = {"groupId": "g2", "position": [1.0, 2.0], "startTime": NIGHT + 81.0, "cameraAngle": 0.0, "nimages": 2,
+             "filters": "r_demo", "duration": 32.0, "instrument": "DemoCam", "survey": "T", "scriptSalIndex": 2}  # fmt: skip
+    bus.publish("ScriptQueue.nextVisit", visit)
+    keeper.step()
+    assert database.execute("SELECT exposures, duration_s FROM access.plan") == [(2, 32.0)]
+    seen = []
+    for number in (1, 2):
+        begin = NIGHT + 81.0 + 17.0 * number
+        database.execute(
+            "INSERT INTO ledger.image (obs_id, instrument, exposure_id, group_id, image_type, exposure_s, begin_tai, end_tai)"
+            " VALUES (%s, 'DemoCam', %s, 'g2', 'OBJECT', 15, %s, %s)",
+            (f"XC_O_20261120_{number:06d}", number, begin, begin + 15.0),
+        )
+        seen += states(database).values()
+    assert seen == ["Scheduled", "Performed"]
+    assert database.execute("SELECT t_exptime FROM access.ivoa_obsplan_public") == [(30.0,)]

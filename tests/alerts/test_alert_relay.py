@@ -52,6 +52,54 @@ def know_image(bus: Bus, site: Site, database: Database) -> LedgerService:
     return ledger
 
 
+def test_both_exposures_of_a_visit_are_alerted_when_the_ledger_knows_them(
+    bus: Bus, site: Site, database: Database
+) -> None:
+    second = "XC_O_20261120_000013"
+    ledger = LedgerService(site=site, bus=bus, db=database)
+    for index, obs_id in ((1, OBS), (2, second)):
+        sequence = {"imageIndex": index, "imagesInSequence": 2, "groupId": "g", "instrument": "DemoCam"}
+        bus.publish(
+            "Camera.endReadout", sequence | {"imageName": obs_id, "detectors": ["R00_S00", "R00_S01"]}
+        )
+    ledger.step(0)
+    level1 = Level1(database)
+    for detector in (0, 1):
+        level1.store(VISIT, detector, packets=[(detector + 1, b"x")])
+    relay = OutboxRelay(site=site, bus=bus, db=database)
+    while relay.step(0):
+        pass
+    assert len(published(bus)) == 2
+    assert "alerted" not in {row["hop"] for row in Ledger(database).where(OBS)}, (
+        "which were used is not known yet"
+    )
+    # of the second detector the second exposure came too late
+    for obs_id, detector, outcome in (
+        (second, 0, "ok"),
+        (OBS, 0, "ok"),
+        (second, 1, "Deadline"),
+        (OBS, 1, "ok"),
+    ):
+        hop = {
+            "obsId": obs_id,
+            "instrument": "DemoCam",
+            "detector": detector,
+            "hop": "processed",
+            "hopTai": 2e9,
+        }
+        bus.publish("Image.hop", hop | {"outcome": outcome})
+    ledger.step(0)
+    while relay.step(0):
+        pass
+    ledger.step(0)
+    alerted = {
+        obs_id: {row["detector"] for row in Ledger(database).where(obs_id) if row["hop"] == "alerted"}
+        for obs_id in (OBS, second)
+    }
+    assert alerted == {OBS: {0, 1}, second: {0}}
+    ledger.close()
+
+
 def test_packets_leave_in_order_and_the_ledger_hears_of_it(bus: Bus, site: Site, database: Database) -> None:
     relay = OutboxRelay(site=site, bus=bus, db=database)
     assert relay.step(0) == 0  # no tables yet

@@ -297,3 +297,19 @@ def test_not_fits_is_a_bad_file(tmp_path):
 def test_metadata_is_a_value():
     found = translate(DEMO, [OWN], "x.fits")
     assert replace(found, seq_num=13) != found
+
+
+@pytest.mark.parametrize(
+    ("index", "length", "group", "expected"),
+    [
+        (2, 2, "g", (2026112000011, 2, 2)),
+        (1, 2, "g", (2026112000012, 1, 2)),
+        (2, 2, None, (2026112000012, 1, 1)),
+        (3, 2, "g", (2026112000012, 1, 1)),
+        (13, 20, "g", (2026112000012, 1, 1)),
+        (None, None, "g", (2026112000012, 1, 1)),
+    ],
+)
+def test_a_visit_has_the_number_of_its_first_exposure(index, length, group, expected):
+    found = translate(DEMO, [OWN | {"CURINDEX": index, "MAXINDEX": length, "GROUPID": group}], "x.fits")
+    assert (found.visit_id, found.sequence_index, found.sequence_length) == expected

@@ -51,10 +51,13 @@ def common(obs_id: str, pairs: dict[str, str] | None = None) -> dict[str, Any]:
     }  # fmt: skip
 
 
+SEQUENCE = ("imageIndex", "imagesInSequence")
+
+
 def image(
     bus: Bus, obs_id: str = OBS, *, stages: str = "sre", pairs: dict[str, str] | None = None, **changed: Any
 ) -> None:
-    fields = common(obs_id, pairs)
+    fields = common(obs_id, pairs) | {name: changed[name] for name in SEQUENCE if name in changed}
     if "s" in stages:
         begin = {"exposureTime": 30.0, "imageType": "OBJECT", "timeout": 20.0}
         bus.publish("Camera.startIntegration", fields | begin | changed)
@@ -221,3 +224,24 @@ def test_a_wrong_map_says_where(tmp_path: Path) -> None:
     path.write_text("version: 1\ndeadline_s: 30\nkeywords: {RA: {derive: magic}, dec: {constant: 1}}\n")
     with pytest.raises(ConfigurationError, match="magic"):
         load_header_map(path)
+
+
+def test_both_exposures_of_a_visit_have_their_headers(site: Site, bus: Bus, clock: Clock) -> None:
+    """The second begins while the first one's end is still under way."""
+    second = str(ObsId(ObsId.parse(OBS).day_obs, ObsId.parse(OBS).seq_num + 1, "XC"))
+    service = HeaderService(site=site, bus=bus, clock=clock)
+    image(bus, OBS, stages="sr", imageIndex=1, imagesInSequence=2)
+    image(bus, second, stages="s", imageIndex=2, imagesInSequence=2)
+    image(bus, OBS, stages="e")
+    image(bus, second, stages="re")
+    while service.step(0.0):
+        pass
+    service.close()
+    for index, obs_id in enumerate((OBS, second), 1):
+        words = header(site, obs_id)["keywords"]
+        assert [words[name][0] for name in ("OBSID", "GROUPID", "CURINDEX", "MAXINDEX")] == [
+            obs_id,
+            GROUP,
+            index,
+            2,
+        ]

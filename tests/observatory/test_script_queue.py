@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -28,15 +29,20 @@ def _choose(state, earliest):
     return Target("t", 10.0, -30.0, "r_demo", "r", 30.0, earliest, 1.1, 60.0, 4.0)
 
 
+def _choose_pair(state, earliest):
+    return Target("t", 10.0, -30.0, "r_demo", "r", 15.0, earliest, 1.1, 60.0, 4.0, snaps=2, between_s=2.0)
+
+
 class Observatory:
     """The pure machine with an imagined camera; time is a number."""
 
-    def __init__(self, wanted, *, dead=(), kill_at=()):
+    def __init__(self, wanted, *, dead=(), kill_at=(), choose=_choose, timing=TIMING, half=()):
+        self.choose, self.timing, self.half = choose, timing, set(half)
         self.state = queue.begin_night(QueueState(), "n", wanted)
         self.now = NIGHT
         self.dead, self.kill_at = set(dead), set(kill_at)
         self.announced, self.commanded, self.canceled, self.done = {}, {}, [], None
-        self.readouts = []
+        self.readouts, self.promised = [], {}
         self.steps = 0
 
     def save_or_die(self, state):
@@ -45,15 +51,24 @@ class Observatory:
         self.steps += 1
         return self.steps not in self.kill_at
 
+    def expose(self, visit):
+        """Every exposure of a visit, with its read-out; of some visits only the first comes."""
+        target = visit.target
+        for number in range(1 if len(self.commanded) in self.half else target.snaps):
+            end = self.now + (number + 1) * (target.exposure_s + 2.0)
+            self.readouts.append((end, visit.group_id, f"{visit.group_id}/{number}", target.snaps))
+
     def run(self, limit=5000):
         for _ in range(limit):
             if self.state.finished:
                 return
             for item in [r for r in self.readouts if r[0] <= self.now]:
                 self.readouts.remove(item)
-                self.state = queue.end_of_readout(self.state, item[1])
-            action = queue.next_action(self.state, self.now, TIMING, _choose, instrument="DemoCam")
-            after = queue.apply(self.state, action, self.now, TIMING)
+                for _ in range(2):  # told again after a death: what was read was not committed
+                    after = queue.end_of_readout(self.state, *item[1:])
+                    self.save_or_die(after)
+            action = queue.next_action(self.state, self.now, self.timing, self.choose, instrument="DemoCam")
+            after = queue.apply(self.state, action, self.now, self.timing)
             match action:
                 case queue.Wait(until):
                     arrivals = [r[0] for r in self.readouts]
@@ -62,13 +77,14 @@ class Observatory:
                     self.save_or_die(after)
                 case queue.Republish(visit):
                     self.announced.setdefault(visit.group_id, self.now)
+                    self.promised[visit.group_id] = visit.target.start_tai
                     self.save_or_die(after)
                 case queue.Expose(visit):
                     if self.save_or_die(after):
                         assert visit.group_id not in self.commanded
                         self.commanded[visit.group_id] = self.now
                         if len(self.commanded) not in self.dead:
-                            self.readouts.append((self.now + 32.0, visit.group_id))
+                            self.expose(visit)
                 case queue.Cancel(visit, _):
                     self.canceled.append(visit.group_id)
                     self.save_or_die(after)
@@ -111,6 +127,71 @@ def test_whatever_dies_whenever_every_visit_is_made_once(kills, dead):
     assert night.state.done == 6
     assert set(night.commanded) <= set(night.announced)
     assert len(night.commanded) - len(night.canceled) <= 6
+
+
+def test_a_pair_is_done_with_its_second_read_out():
+    night = Observatory(6, choose=_choose_pair)
+    night.run()
+    assert night.state.done == len(night.commanded) == 6
+    starts = list(night.commanded.values())
+    # two exposures of 15 s and two read-outs of 2 s fit into the cadence of 37 s
+    assert all(abs(b - a - 37.0) < 0.1 for a, b in itertools.pairwise(starts))
+    assert night.state.read_out == {}
+
+
+def test_the_cadence_is_never_shorter_than_a_visit_needs():
+    timing = Timing(cadence_s=20.0, notice_s=22.0, readout_s=2.0)
+    night = Observatory(4, choose=_choose_pair, timing=timing)
+    night.run()
+    starts = list(night.commanded.values())
+    assert all(34.0 <= b - a < 34.1 for a, b in itertools.pairwise(starts))
+    # what nextVisit promises is what happens
+    assert all(abs(start - night.promised[group]) < 0.1 for group, start in night.commanded.items())
+
+
+def test_a_visit_whose_second_exposure_never_comes_is_cancelled_at_its_deadline():
+    night = Observatory(3, choose=_choose_pair, half=[2])
+    night.run()
+    assert (night.state.done, len(night.commanded), len(night.canceled)) == (3, 4, 1)
+
+
+def test_the_deadline_counts_every_exposure_and_read_out():
+    state = queue.begin_night(QueueState(), "n", 1)
+    visit = queue.next_action(state, NIGHT, TIMING, _choose_pair, instrument="D").visit
+    state = queue.apply(state, queue.Expose(visit), NIGHT, TIMING)
+    assert state.deadline_tai == NIGHT + 2 * (15.0 + 2.0) + TIMING.grace_s
+    state = queue.end_of_readout(state, visit.group_id, "a", 2)
+    action = queue.next_action(state, state.deadline_tai, TIMING, _choose_pair, instrument="D")
+    assert action == queue.Cancel(visit, "1 of 2 images were read out before the deadline")
+    late = queue.end_of_readout(
+        queue.apply(state, action, state.deadline_tai, TIMING), visit.group_id, "b", 2
+    )
+    assert (late.done, late.canceled, late.read_out) == (1, (), {})
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kills=st.lists(st.integers(1, 80), max_size=6),
+    dead=st.lists(st.integers(1, 8), max_size=2),
+    half=st.lists(st.integers(1, 8), max_size=2),
+)
+def test_whatever_dies_whenever_every_pair_is_made_once(kills, dead, half):
+    night = Observatory(6, kill_at=kills, dead=dead, half=half, choose=_choose_pair)
+    night.run()
+    assert night.state.done == 6
+    assert set(night.commanded) <= set(night.announced)
+    assert len(night.commanded) - len(night.canceled) <= 6
+
+
+def test_the_state_of_an_older_version_is_read():
+    state = queue.begin_night(QueueState(), "n", 1)
+    visit = queue.next_action(state, NIGHT, TIMING, _choose, instrument="D").visit
+    data = queue.apply(state, queue.Expose(visit), NIGHT, TIMING).to_json()
+    del data["read_out"]
+    for name in ("snaps", "between_s"):
+        del data["exposing"]["target"][name]
+    read = QueueState.from_json(data)
+    assert queue.end_of_readout(read, visit.group_id, "a").done == 1
 
 
 def test_late_image_of_a_cancelled_visit_counts():
@@ -184,11 +265,24 @@ class Camera:
         now = self.bus.clock.now_tai_s()
         for message in self.orders.poll(0.0):
             self.taken.append((message.fields["groupId"], message.snd_tai, message.fields))
-            self.pending.append((now + message.fields["expTime"] + 2, message.fields["groupId"]))
+            total = message.fields["numImages"]
+            for index in range(1, total + 1):
+                end = now + index * (message.fields["expTime"] + 2)
+                name = f"XC_O_20261120_{100 * len(self.taken) + index:06d}"
+                self.pending.append((end, message.fields["groupId"], name, total))
         for item in [p for p in self.pending if p[0] <= now]:
             self.pending.remove(item)
-            fields = {"groupId": item[1], "instrument": "DemoCam", "timestampEndOfReadout": now}
-            self.bus.publish("Camera.endReadout", fields)
+            self.bus.publish("Camera.endReadout", {
+                "groupId": item[1], "instrument": "DemoCam", "timestampEndOfReadout": now, "imageName": item[2],
+                "imagesInSequence": item[3],
+            })  # fmt: skip
+
+
+def _service(site, bus):
+    """The service; a slow machine, on which time runs 600 times as fast, is no dead camera."""
+    service = ObservingService(site=site, bus=bus, clock=bus.clock)
+    service.timing = replace(service.timing, grace_s=1e6, late_s=1e6)
+    return service
 
 
 def _run(service, camera, site, steps=600):
@@ -202,7 +296,7 @@ def _run(service, camera, site, steps=600):
 
 def test_service_makes_a_night(site, bus):
     camera = Camera(bus)
-    service = ObservingService(site=site, bus=bus, clock=bus.clock)
+    service = _service(site, bus)
     assert service.step(0.0) == 0
     _order(site, 4)
     _run(service, camera, site)
@@ -222,7 +316,7 @@ def test_service_makes_a_night(site, bus):
 def test_service_goes_on_after_kill(site, bus):
     camera = Camera(bus)
     _order(site, 3)
-    service = ObservingService(site=site, bus=bus, clock=bus.clock)
+    service = _service(site, bus)
     for _ in range(400):
         service.step(0.01)
         camera.step()
@@ -232,17 +326,42 @@ def test_service_goes_on_after_kill(site, bus):
     # killed: nothing is closed, nothing is committed; the camera goes on
     for _ in range(40):
         camera.step()
-    again = ObservingService(site=site, bus=bus, clock=bus.clock)
+    again = _service(site, bus)
     assert again.state.exposing.group_id == group
     _run(again, camera, site)
     groups = [g for g, _, _ in camera.taken]
     assert len(groups) == len(set(groups)) == 3
 
 
+def test_service_makes_pairs_and_goes_on_after_a_kill_between_the_two(site, bus):
+    site.config.scheduler.exposure_s, site.config.scheduler.snaps = 15.0, 2
+    camera = Camera(bus)
+    _order(site, 2)
+    service = _service(site, bus)
+    for _ in range(600):
+        service.step(0.01)
+        camera.step()
+        if service.state.read_out:
+            break
+    (group,) = service.state.read_out
+    # killed with one of two read out, and that message not committed
+    again = _service(site, bus)
+    assert (again.state.exposing.group_id, again.state.done) == (group, 0)
+    _run(again, camera, site)
+    assert json.loads((site.root / DONE_FILE).read_text())["visits"] == 2
+    assert [fields["numImages"] for _, _, fields in camera.taken] == [2, 2]
+    assert {fields["expTime"] for _, _, fields in camera.taken} == {15.0}
+    visits = [AnnouncedVisit.from_fields(m.fields) for m in bus.replay(["ScriptQueue.nextVisit"])]
+    assert [(v.n_images, v.duration_s) for v in visits] == [(2, 32.0)] * 2
+    (planned, *_) = bus.replay(["Scheduler.predictedSchedule"])
+    assert (planned.fields["nimages"], planned.fields["duration"]) == ([2], [32.0])
+    assert len(list(bus.replay(["ScriptQueue.nextVisitCanceled"]))) == 0
+
+
 def test_refused_command_cancels_the_visit(site, bus):
     _order(site, 1)
     orders = bus.subscribe(["Camera.takeImages"], start="now")
-    service = ObservingService(site=site, bus=bus, clock=bus.clock)
+    service = _service(site, bus)
     refused = []
     camera = None
     for _ in range(600):
@@ -264,7 +383,7 @@ def test_refused_command_cancels_the_visit(site, bus):
 
 def test_a_new_order_is_a_new_night_with_new_groups(site, bus):
     camera = Camera(bus)
-    service = ObservingService(site=site, bus=bus, clock=bus.clock)
+    service = _service(site, bus)
     _order(site, 1, start_tai=1.0)
     _run(service, camera, site)
     (site.root / DONE_FILE).unlink()
@@ -277,18 +396,18 @@ def test_a_new_order_is_a_new_night_with_new_groups(site, bus):
 def test_nothing_to_observe_ends_the_night_with_its_reason(site, bus):
     (site.root / "survey.json").write_text('[{"name": "north", "ra": 10, "dec": 85}]')
     _order(site, 2)
-    service = ObservingService(site=site, bus=bus, clock=bus.clock)
+    service = _service(site, bus)
     service.step(0.0)
     assert "nothing can be observed" in json.loads((site.root / DONE_FILE).read_text())["reason"]
 
 
 def test_bad_order_is_explained(site, bus):
     (site.root / NIGHT_FILE).write_text('{"visits": "many"}')
-    service = ObservingService(site=site, bus=bus, clock=bus.clock)
+    service = _service(site, bus)
     with pytest.raises(ConfigurationError, match=r"night\.json"):
         service.step(0.0)
 
 
 def test_location_is_the_configured_one(site, bus):
-    service = ObservingService(site=site, bus=bus, clock=bus.clock)
+    service = _service(site, bus)
     assert service.limits.location == Location(-30.24, -70.74)

@@ -9,11 +9,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cumbre.core.errors import NoWorkFoundError, TransientError, UnprocessableDataError
+from cumbre.core.errors import BadFileError, NoWorkFoundError, TransientError, UnprocessableDataError
 from cumbre.core.ids import ObsId, image_key
+from cumbre.core.time import mjd_from_seconds
 from cumbre.orchestration import inputs, prompt_worker
 from cumbre.orchestration.prompt_state import Work
-from support.prompt_world import AMPLIFIER, NIGHT, PLANTED_E, frame, make_payload, make_site, make_template
+from cumbre.orchestration.provenance import pixel_checksum, read_record, record_path, reproduce, snaps_of
+from support.prompt_world import (
+    AMPLIFIER,
+    CAMERA,
+    NIGHT,
+    PLANTED_E,
+    frame,
+    make_payload,
+    make_site,
+    make_template,
+)
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +101,50 @@ def test_wrong_announcement_is_not_believed(payload):
     prompt_worker.preload(payload | {"visit": wrong})
     done = prompt_worker.process(payload | {"visit": wrong})
     assert done["preload"]["is_late"] is True
+
+
+def test_a_pair_is_one_result_under_the_first_number_and_is_made_again_bit_for_bit(payload, site, database):
+    pixel = AMPLIFIER.raw_box.x0 + 120, AMPLIFIER.raw_box.y0 + 200
+    images = []
+    for index, begin in ((1, NIGHT + 300), (2, NIGHT + 317)):
+        obs_id = ObsId.parse(f"XC_O_20261120_{30 + index:06d}")
+        path, _ = frame(site, str(obs_id), begin, planted=pixel, exposure_s=15.0, index=index, total=2)
+        images.append(
+            payload["image"] | {"obs_id": str(obs_id), "exposure_id": obs_id.exposure_id, "path": str(path)}
+        )
+    first, second = images
+    asked = payload | {"image": first, "snaps": [second], "visit": None}
+    done = prompt_worker.process(asked)
+    assert done["visit"] == first["exposure_id"]
+    rows = database.query("SELECT x, y, visit, psfflux, midpointmjdtai AS mjd FROM level1.diasource")
+    assert {row["visit"] for row in rows} == {first["exposure_id"]}
+    x, y = _planted_pixel()
+    (found,) = [row for row in rows if np.hypot(row["x"] - x, row["y"] - y) < 1.0]
+    assert found["mjd"] == pytest.approx(mjd_from_seconds(NIGHT + 316), abs=1e-9)
+    # the star gave its electrons in each of the two
+    electrons = 30.0 * found["psfflux"] / (3631e9 * 10 ** (-0.4 * done["quality"]["zeroPoint"]))
+    assert electrons == pytest.approx(2 * PLANTED_E, rel=0.1)
+
+    record = read_record(record_path(site.root, first["obs_id"], "R00_S00"))
+    assert (record["visit"], snaps_of(record)) == (first["exposure_id"], [second["obs_id"]])
+    made = reproduce(site.root, record, Path(first["path"]), Path(second["path"]))
+    assert pixel_checksum(made.exposure) == record["pixels"]["calibrated"]
+    assert pixel_checksum(made.result.exposure) == record["pixels"]["difference"]
+    with pytest.raises(BadFileError, match="1 raw files, expected the 2 of then"):
+        reproduce(site.root, record, Path(first["path"]))
+    with pytest.raises(BadFileError, match="expected the raw file of then"):
+        reproduce(site.root, record, Path(second["path"]), Path(first["path"]))
+
+    # the second alone, whoever asks for it later, is not another visit
+    again = prompt_worker.process(asked | {"image": second, "snaps": []})
+    assert (again["is_repeat"], again["visit"]) == (True, first["exposure_id"])
+
+
+def test_a_further_exposure_that_cannot_be_read_is_left_out_and_named(payload, tmp_path):
+    gone = payload["image"] | {"path": str(tmp_path / "gone.fits")}
+    read, unread = prompt_worker._read_snaps([payload["image"], gone], CAMERA, CAMERA.detector(0))
+    assert len(read) == 1
+    assert [text.partition(":")[0] for text in unread] == [f"without {gone['obs_id']}"]
 
 
 def test_late_work_stores_its_sources_and_keeps_its_alerts_when_told_so(payload, database):

@@ -204,3 +204,54 @@ def test_the_archive_takes_only_what_arrived_there(site, bus, clock):
     assert [h["detectorName"] for h in hops] == [second.name]
     assert events(bus, "OODS.imageComplete")[-1]["place"] == "archive"
     service.close()
+
+
+SECOND = "XC_O_20261120_000013"
+
+
+@pytest.mark.parametrize("order", [(OBS, SECOND), (SECOND, OBS)])
+def test_two_exposures_are_one_visit_whichever_comes_first(site, bus, service, order):
+    begins = {OBS: BEGIN, SECOND: BEGIN + 17}
+    for obs_id in order:
+        begin = begins[obs_id]
+        changes = {
+            "GROUPID": "g", "CURINDEX": 1 + (obs_id == SECOND), "MAXINDEX": 2, "EXPTIME": 15.0, "DARKTIME": 15.5,
+            "DATE-BEG": isot(begin), "DATE-END": isot(begin + 15), "ELSTART": 60.0 + (obs_id == SECOND),
+        }  # fmt: skip
+        for detector in CAMERA.detectors:
+            announce(bus, detector, write_raw(site, detector, obs_id, **changes), obs_id)
+        assert service.step(0.0) == 4
+    butler = service.repository.butler
+    (visit,) = butler.query_dimension_records("visit", instrument="DemoCam")
+    first, second = ObsId.parse(OBS), ObsId.parse(SECOND)
+    assert (visit.id, visit.name, visit.seq_num) == (first.exposure_id, OBS, first.seq_num)
+    assert visit.exposure_time == 30.0
+    assert visit.zenith_angle == 30.0, "of the first exposure"
+    assert visit.timespan.begin.unix_tai == pytest.approx(BEGIN)
+    assert visit.timespan.end.unix_tai == pytest.approx(BEGIN + 32)
+    made_of = butler.query_dimension_records("visit_definition", instrument="DemoCam")
+    assert {(row.visit, row.exposure) for row in made_of} == {
+        (first.exposure_id, first.exposure_id), (first.exposure_id, second.exposure_id),
+    }  # fmt: skip
+    regions = butler.query_dimension_records("visit_detector_region", instrument="DemoCam")
+    assert {(row.visit, row.detector) for row in regions} == {(visit.id, d.id) for d in CAMERA.detectors}
+    exposures = butler.query_dimension_records("exposure", instrument="DemoCam", order_by="exposure")
+    assert [(e.id, e.seq_start, e.seq_end) for e in exposures] == [
+        (first.exposure_id, 12, 13), (second.exposure_id, 12, 13),
+    ]  # fmt: skip
+    # the raw files of a visit are found by its number
+    with butler.query() as query:
+        mine = query.join_dimensions(["visit"]).where(instrument="DemoCam", visit=visit.id)
+        refs = list(mine.data_ids(["exposure", "detector"]))
+    assert {item["exposure"] for item in refs} == {first.exposure_id, second.exposure_id}
+
+
+def test_images_of_one_command_without_a_group_are_visits_of_their_own(site, bus, service):
+    for number in (12, 13):
+        obs_id = f"XC_O_20261120_{number:06d}"
+        detector = CAMERA.detectors[0]
+        path = write_raw(site, detector, obs_id, GROUPID=None, CURINDEX=number - 11, MAXINDEX=2)
+        announce(bus, detector, path, obs_id)
+    service.step(0.0)
+    visits = service.repository.butler.query_dimension_records("visit", instrument="DemoCam")
+    assert {v.id for v in visits} == {2026112000012, 2026112000013}

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cumbre.site.truth import score
+from cumbre.site.truth import of_visit, score
 
 
 def rows(*items, mag=20.0):
@@ -54,3 +54,23 @@ def test_variable_stars_are_counted_apart():
     result = score([(truth, rows((10, 0, 20), (12, 0, 20)))])
     assert result.completeness == 1
     assert result.by_kind["variable"] == {"n": 1, "found": 0}
+
+
+def test_the_truth_of_a_pair_has_each_once_with_the_noise_of_the_sum():
+    def exposure(ids, ras, snr, usable):
+        n = len(ids)
+        return {
+            "id": np.array(ids), "kind": np.array(["asteroid"] * n, dtype=object), "ra": np.array(ras),
+            "dec": np.full(n, -30.0), "x": np.arange(n, dtype=float), "y": np.zeros(n), "mag": np.full(n, 20.0),
+            "snr": np.array(snr), "usable": np.array(usable),
+        }  # fmt: skip
+
+    first = exposure([7, 9], [359.9999, 10.0], [10.0, 20.0], [True, True])
+    second = exposure([9, 7, 11], [10.0, 0.0001, 11.0], [20.0, 12.0, 10.0], [False, True, True])
+    both = of_visit([first, second])
+    assert both["id"].tolist() == [7, 9, 11]
+    assert both["snr"] == pytest.approx(np.array([22.0, 40.0, 10.0]) / 2**0.5)
+    assert both["usable"].tolist() == [True, False, True]
+    assert (both["ra"][0] + 180) % 360 == pytest.approx(180.0, abs=1e-9)
+    assert both["ra"][1:] == pytest.approx([10.0, 11.0])
+    assert of_visit([first]) is first

@@ -39,7 +39,7 @@ def make_site(root: Path) -> Site:
 
 def frame(
     site: Site, obs_id: str, begin_tai: float, *, planted: tuple[int, int] | None = None,
-    image_type: str = "OBJECT",
+    image_type: str = "OBJECT", exposure_s: float = 30.0, index: int = 1, total: int = 1,
 ):  # fmt: skip
     """One raw file of detector 0, taken as the camera and the writer do."""
     from cumbre.capture.daq import DaqImage
@@ -53,7 +53,7 @@ def frame(
     sky = Sky.load(site.root / "simulator")
     tile = sky.tiles[0]
     request = ExposureRequest(
-        obs_id=obs_id, image_type=image_type, exposure_s=30.0, filter="r_demo", ra=tile.ra, dec=tile.dec,
+        obs_id=obs_id, image_type=image_type, exposure_s=exposure_s, filter="r_demo", ra=tile.ra, dec=tile.dec,
         rotpa=0.0, begin_tai=begin_tai, group_id=GROUP,
     )  # fmt: skip
     array = render(CAMERA, DETECTOR, request, sky, 1)
@@ -66,8 +66,9 @@ def frame(
         cut[...] = np.minimum(cut + star, 65535).astype(np.uint16)
     info = {
         "obs_id": obs_id, "instrument": CAMERA.name, "detectors": [DETECTOR.name], "image_type": image_type,
-        "exposure_s": 30.0, "dark_s": 30.0, "filter": "r_demo", "band": "r", "begin_tai": begin_tai,
-        "end_tai": begin_tai + 30.0, "ra": tile.ra, "dec": tile.dec, "rotation": 0.0, "group_id": GROUP,
+        "exposure_s": exposure_s, "dark_s": exposure_s, "filter": "r_demo", "band": "r",
+        "begin_tai": begin_tai, "end_tai": begin_tai + exposure_s, "ra": tile.ra, "dec": tile.dec,
+        "rotation": 0.0, "group_id": GROUP, "index": index, "total": total,
     }  # fmt: skip
     path = site.root / "raws" / f"{obs_id}_{DETECTOR.name}.fits"
     header = completed_header(None, DaqImage(path.parent, info))

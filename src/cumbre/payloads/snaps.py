@@ -38,7 +38,9 @@ def calibrate_snaps(
 ) -> Exposure:
     """Calibrate the image of a visit: of one snap as it is, of several their sum.
 
-    Cosmic rays of a single snap are found by their sharpness (Laplacian), those of several by comparison.
+    Cosmic rays of a single snap are found by their sharpness (Laplacian), those of several by comparison. The search
+    for sharp pixels follows there too: what every snap has in the same place, a hot pixel that no map of defects
+    knows, comparison does not find, and many of them would be taken for stars.
 
     Parameters
     ----------
@@ -50,16 +52,9 @@ def calibrate_snaps(
     NoWorkFoundError, UnprocessableDataError
         As :func:`cumbre.payloads.calibrate.calibrate` and :func:`combine_snaps`.
     """
-    from cumbre.payloads.calibrate import CalibrateConfig, calibrate
+    from cumbre.payloads.calibrate import calibrate
 
-    whole = combine_snaps(snaps)
-    chosen = settings_for(whole, config or CalibrateConfig())
-    return calibrate(whole, reference, instrument=instrument, config=chosen)
-
-
-def settings_for(whole: Exposure, config: CalibrateConfig) -> CalibrateConfig:
-    """The same settings; without the search for sharp pixels where comparison has taken the rays."""
-    return replace(config, cosmic_rays=False) if whole.metadata.get("n_snaps", 1) > 1 else config
+    return calibrate(combine_snaps(snaps), reference, instrument=instrument, config=config)
 
 
 def combine_snaps(snaps: Sequence[Exposure]) -> Exposure:
