@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import io
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
+import pyvo
 from astropy.io.votable import parse_single_table
 
 from cumbre.catalogs.level1 import Level1
 from cumbre.core.time import Clock
 from support.archive_world import AGE_S, CURVE_POINTS, NEW, NOW_TAI, OLD, grid
 
+TWICE = "SELECT TOP 2 a.*, b.diaObjectId FROM level1.DiaObject a, level1.DiaObject b"
 MJD = {obs: (NOW_TAI - age) / 86400 + 40587 for obs, age in AGE_S.items()}
 
 
@@ -87,3 +91,57 @@ def test_an_object_first_seen_under_embargo_is_not_there(client, world):
     assert client.get("/lightcurve/441").status_code == 404
     insider = world.headers(world.token("lena", "embargo"))
     assert client.get("/lightcurve/441", headers=insider).status_code == 200
+
+
+# pyvo leaves the connection of a result open that it did not read to the end
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+def test_rows_with_objects_lead_to_their_light_curves(world, forced):
+    service = pyvo.dal.TAPService(f"{world.url}/tap")
+    found = service.run_sync(
+        'SELECT TOP 2 ra, diaObjectId AS "diaObjectId" FROM level1.DiaObject ORDER BY diaObjectId'
+    )
+    step = found.get_adhocservice_by_id("light_curve")
+    (param,) = (item for group in step.groups for item in group.entries if item.name == "ID")
+    assert param.ref == next(
+        field.ID for field in found.votable.get_first_table().fields if field.name == "diaObjectId"
+    )
+    curve = pyvo.dal.adhoc.DatalinkQuery.from_resource([found[0]], step).execute_votable().get_first_table()
+    assert len(curve.array) == CURVE_POINTS + 2
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+def test_images_lead_to_their_links(world):
+    found = pyvo.dal.TAPService(f"{world.url}/tap").run_sync("SELECT obs_publisher_did FROM ivoa.obscore")
+    assert len(found) == 2
+    links = list(found.iter_datalinks())
+    assert [sorted(of_image["semantics"])[-1] for of_image in links] == ["#this", "#this"]
+
+
+def test_sia_tells_its_parameters_when_asked_for_no_rows(client):
+    from cumbre.access.http.sia import PARAMETERS
+
+    document = client.get("/sia/query", params={"MAXREC": "0"})
+    for name in (*PARAMETERS, "MAXREC"):
+        assert f'<PARAM name="{name}"' in document.text
+    assert "adhoc:service" in document.text
+    assert '<PARAM name="POS"' not in client.get("/sia/query").text
+
+
+@pytest.mark.skipif(
+    shutil.which("stilts") is None, reason="no stilts on this machine (Debian: apt-get install stilts)"
+)
+def test_documents_with_services_pass_the_validator(client, tmp_path):
+    for name, answer in {
+        "sia": client.get("/sia/query", params={"MAXREC": "0"}),
+        "objects": client.post("/tap/sync", data={"QUERY": TWICE}),
+        "images": client.post("/tap/sync", data={"QUERY": "SELECT * FROM ivoa.obscore"}),
+    }.items():  # fmt: skip
+        (tmp_path / name).write_bytes(answer.content)
+        result = subprocess.run(
+            ["stilts", "votlint", f"votable={tmp_path / name}"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert "ERROR" not in result.stdout + result.stderr, (name, result.stdout + result.stderr)

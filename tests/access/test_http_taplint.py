@@ -29,7 +29,7 @@ def world_with_a_plan(world):
 
 def test_taplint_has_nothing_to_complain_of(world_with_a_plan):
     command = ["stilts", "taplint", f"tapurl={world_with_a_plan.url}/tap", "report=EF", "format=json"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     report = json.loads(result.stdout)
     found = [
         f"{section['code']} {item['level']} {item['code']}: {item.get('text', '')}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from urllib.parse import quote
 
-from cumbre.access.http.base import lines, xml_attribute, xml_text
+from cumbre.access.http.base import lines, xml_text
+from cumbre.access.results.services import Input, ServiceDescriptor
 
 LINKS_MIME = "application/x-votable+xml;content=datalink"
 SYNC, ASYNC = "soda-sync", "soda-async"
@@ -69,33 +70,18 @@ def _cell(value: object) -> object:
 def _descriptor(soda_url: str, service: str, example: str) -> list[str]:
     """How to call the cutout service, by DataLink's service descriptors."""
     resource = service.removeprefix("soda-")
-    url, standard = f"{soda_url}/{resource}", f"ivo://ivoa.net/std/SODA#{resource}-1.0"
-    inputs = (
-        ("CIRCLE", "double", "3", "circle", "phys.angArea;obs", "deg", "Longitude, latitude, radius (ICRS)"),
-        ("POLYGON", "double", "*", "polygon", "phys.angArea;obs", "deg", "Corners (ICRS)"),
-        ("POS", "char", "*", "", "phys.angArea;obs", "", "CIRCLE, RANGE or POLYGON and numbers"),
-        ("RESPONSEFORMAT", "char", "*", "", "meta.code.mime", "", "application/fits or image/png"),
-        ("CUTOUTDETAIL", "char", "*", "", "meta.code", "", "Image, MaskedImage or Exposure"),
-        ("COMBINE", "char", "*", "", "meta.code", "", "MOSAIC of a visit's detectors, STACK of epochs"),
-    )
-    out = [
-        f'<RESOURCE type="meta" utype="adhoc:service" ID="{service}" name="cutout">',
-        "<DESCRIPTION>Part of an image</DESCRIPTION>",
-        f'<PARAM name="standardID" datatype="char" arraysize="*" value={xml_attribute(standard)}/>',
-        f'<PARAM name="accessURL" datatype="char" arraysize="*" value={xml_attribute(url)}/>',
-        '<PARAM name="contentType" datatype="char" arraysize="*" value="application/fits"/>',
-    ]
-    if example:
-        link = f"{url}?ID={quote(example, safe='')}"
-        out.append(f'<PARAM name="exampleURL" datatype="char" arraysize="*" value={xml_attribute(link)}/>')
-    out += [
-        '<GROUP name="inputParams">',
-        '<PARAM name="ID" datatype="char" arraysize="*" ucd="meta.id;meta.dataset" ref="links_id" value=""/>',
-    ]
-    for name, kind, size, xtype, ucd, unit, description in inputs:
-        extra = (f' xtype="{xtype}"' if xtype else "") + (f' unit="{unit}"' if unit else "")
-        out.append(
-            f'<PARAM name="{name}" datatype="{kind}" arraysize="{size}"{extra} ucd="{ucd}" value="">'
-            f"<DESCRIPTION>{description}</DESCRIPTION></PARAM>"
-        )
-    return [*out, "</GROUP>", "</RESOURCE>"]
+    url = f"{soda_url}/{resource}"
+    return ServiceDescriptor(
+        service, "cutout", "Part of an image", url,
+        (
+            Input("ID", ucd="meta.id;meta.dataset", ref="links_id"),
+            Input("CIRCLE", "double", "3", "circle", "phys.angArea;obs", "deg", "Longitude, latitude, radius (ICRS)"),
+            Input("POLYGON", "double", "*", "polygon", "phys.angArea;obs", "deg", "Corners (ICRS)"),
+            Input("POS", ucd="phys.angArea;obs", description="CIRCLE, RANGE or POLYGON and numbers"),
+            Input("RESPONSEFORMAT", ucd="meta.code.mime", description="application/fits or image/png"),
+            Input("CUTOUTDETAIL", ucd="meta.code", description="Image, MaskedImage or Exposure"),
+            Input("COMBINE", ucd="meta.code", description="MOSAIC of a visit's detectors, STACK of epochs"),
+        ),
+        f"ivo://ivoa.net/std/SODA#{resource}-1.0", "application/fits",
+        f"{url}?ID={quote(example, safe='')}" if example else "",
+    ).lines()  # fmt: skip

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from starlette.requests import Request
 from starlette.responses import Response
 
-from cumbre.access.http.base import Parameters, UsageError, read_parameters
+from cumbre.access.http.base import VOTABLE_MIME, Parameters, UsageError, base_url, read_parameters
 from cumbre.access.http.tap import Question, Tap
 from cumbre.access.identity import Principal
 from cumbre.access.images.shapes import pos
 from cumbre.access.results import find_format
+from cumbre.access.results.services import Input, ServiceDescriptor
 from cumbre.core.errors import UserError
 
 MAX_VALUES = 200
@@ -38,6 +39,27 @@ _TEXTS = {
     "FORMAT": "access_format",
 }
 PARAMETERS = ("POS", *_INTERVALS, "POL", *_TEXTS, "CALIB")
+_MEANING = {
+    "POS": ("phys.angArea;obs", "deg", "CIRCLE, RANGE or POLYGON and numbers (ICRS)"),
+    "BAND": ("em.wl;stat.interval", "m", "Wavelength, or interval"),
+    "TIME": ("time;stat.interval;obs.exposure", "d", "MJD, or interval"),
+    "POL": ("meta.code;phys.polarization", "", "Polarization state"),
+    "FOV": ("phys.angSize;instr.fov", "deg", "Size of the field, interval"),
+    "SPATRES": ("pos.angResolution", "arcsec", "Angular resolution, interval"),
+    "SPECRP": ("spect.resolution", "", "Resolving power, interval"),
+    "EXPTIME": ("time.duration;obs.exposure", "s", "Exposure time, interval"),
+    "TIMERES": ("time.resolution", "s", "Resolution in time, interval"),
+    "ID": ("meta.ref.ivoid;meta.id", "", "Identifier of a data set"),
+    "COLLECTION": ("meta.id", "", "Collection"),
+    "FACILITY": ("meta.id;instr.tel", "", "Observatory"),
+    "INSTRUMENT": ("meta.id;instr", "", "Camera"),
+    "DPTYPE": ("meta.code.class", "", "Kind of data: image or cube"),
+    "CALIB": ("meta.code;obs.calib", "", "Level of calibration, 0 to 4"),
+    "TARGET": ("meta.id;src", "", "Name of the target"),
+    "FORMAT": ("meta.code.mime", "", "Media type of the access URL"),
+    "MAXREC": ("meta.number", "", "Most rows; 0 for this description"),
+    "RESPONSEFORMAT": ("meta.code.mime", "", "Format of this table"),
+}
 _STATES = {"I", "Q", "U", "V", "RR", "LL", "RL", "LR", "XX", "YY", "XY", "YX", "POLI", "POLA"}
 
 
@@ -129,4 +151,16 @@ class Sia:
         question = Question(
             adql, find_format(wanted), "1.4", MAXREC if maxrec is None else min(maxrec, MAXREC)
         )
-        return await self.tap.answer(request, question, who)
+        services = [description(base_url(request, "sia"))] if maxrec == 0 else []
+        return await self.tap.answer(request, question, who, services=services)
+
+
+def description(base: str) -> ServiceDescriptor:
+    """The parameters, for programs that ask with ``MAXREC=0``."""
+    inputs = [
+        Input(name, ucd=ucd, unit=unit, description=text) for name, (ucd, unit, text) in _MEANING.items()
+    ]
+    return ServiceDescriptor(
+        "this", "images", "Search of images: values of one parameter are alternatives, all parameters must hold",
+        f"{base}/query", tuple(inputs), "ivo://ivoa.net/std/SIA#query-2.0", VOTABLE_MIME, f"{base}/query?MAXREC=1",
+    )  # fmt: skip

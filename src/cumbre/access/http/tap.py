@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from cumbre.access.http.base import (
     read_parameters,
 )
 from cumbre.access.http.fetch import fetch_table
+from cumbre.access.http.next_steps import next_steps
 from cumbre.access.http.stream import Lanes, Pipe, start_writing
 from cumbre.access.http.upload_files import parse_upload_parameter, read_table
 from cumbre.access.identity import Identity, Principal
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from cumbre.access.engines import Engines
+    from cumbre.access.results.services import ServiceDescriptor
     from cumbre.access.tables import Column, Tables
 
 SERVICE = "tap"
@@ -166,6 +168,7 @@ class Tap:
         files: Mapping[str, bytes] | None = None,
         *,
         describe: Callable[[Column], Column] | None = None,
+        services: Sequence[ServiceDescriptor] = (),
     ) -> Response:
         """Run a query and stream its answer.
 
@@ -175,6 +178,8 @@ class Tap:
             Uploaded tables by name.
         describe
             Changes what the document says of a column.
+        services
+            More that can be asked, beside what belongs to the columns.
 
         Raises
         ------
@@ -192,7 +197,8 @@ class Tap:
                     result.columns = tuple(describe(column) for column in result.columns)
                 stop.watch(result)
                 try:
-                    status = self._write(result, question, pipe.write)
+                    told = [*services, *next_steps(request, result.columns)]
+                    status = self._write(result, question, pipe.write, told)
                 finally:
                     stop.watch(None)
             self.identity.audit(who, "query", question.adql, status.partition(":")[0])
@@ -252,10 +258,12 @@ class Tap:
         )  # fmt: skip
 
     @staticmethod
-    def _write(result: Result, question: Question, write_bytes: Any) -> str:
+    def _write(
+        result: Result, question: Question, write_bytes: Any, services: Sequence[ServiceDescriptor] = ()
+    ) -> str:
         return write(
             result, question.form, write_bytes, info={"QUERY": question.adql},
-            votable_version=question.votable_version,
+            votable_version=question.votable_version, services=services,
         )  # fmt: skip
 
     # jobs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ from cumbre.core.errors import UserError
 
 if TYPE_CHECKING:
     from cumbre.access.query import Result
+    from cumbre.access.results.services import ServiceDescriptor
 
 type Write = Callable[[bytes], object]
 
@@ -82,7 +83,7 @@ def find_format(wanted: str | None) -> Format:
 
 def write(
     result: Result, form: str | Format, write_bytes: Write, *, info: Mapping[str, str] | None = None,
-    votable_version: str = "1.4",
+    votable_version: str = "1.4", services: Sequence[ServiceDescriptor] = (),
 ) -> str:  # fmt: skip
     """Write a whole result as a document, a piece at a time.
 
@@ -98,6 +99,8 @@ def write(
         More INFO elements or metadata (name → value): query, user, provenance.
     votable_version
         ``1.4`` or ``1.5``.
+    services
+        What can be asked next with the rows, told in VOTables.
 
     Returns
     -------
@@ -115,9 +118,9 @@ def write(
     chosen = find_format(form) if isinstance(form, str) else form
     more = dict(info or {})
     if chosen.name == "votable":
-        return votable.write_binary2(result, write_bytes, more, version=votable_version)
+        return votable.write_binary2(result, write_bytes, more, version=votable_version, services=services)
     if chosen.name == "votable-tabledata":
-        return votable.write_tabledata(result, write_bytes, more, version=votable_version)
+        return votable.write_tabledata(result, write_bytes, more, version=votable_version, services=services)
     if chosen.name == "parquet":
         return parquet.write(result, write_bytes, more)
     if chosen.name == "fits":

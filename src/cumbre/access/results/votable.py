@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import binascii
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape, quoteattr
 
 from cumbre.access.results.binary2 import encode
 from cumbre.access.results.ending import Rows
+from cumbre.access.results.services import ServiceDescriptor, field_id
 from cumbre.access.results.tabledata import encode_rows
 from cumbre.access.tables import Column
 
@@ -22,8 +23,14 @@ _LINE = 3 * 16384
 """Bytes of one line of base64 before it is encoded."""
 
 
-def header(columns: tuple[Column, ...], info: Mapping[str, str], version: str = "1.4") -> str:
+def header(
+    columns: tuple[Column, ...],
+    info: Mapping[str, str],
+    version: str = "1.4",
+    services: Sequence[ServiceDescriptor] = (),
+) -> str:
     """The beginning of a document, up to the fields."""
+    wanted = {item.ref for service in services for item in service.inputs}
     lines = [
         '<?xml version="1.0" encoding="UTF-8"?>',
         f'<VOTABLE version="{version}" xmlns="{_NAMESPACE}" xmlns:xsi="{_INSTANCE}">',
@@ -36,15 +43,18 @@ def header(columns: tuple[Column, ...], info: Mapping[str, str], version: str = 
     if any(column.ucd.startswith("pos.eq") for column in columns):
         lines.append('<COOSYS ID="ICRS" system="ICRS"/>')
     lines.append('<TABLE name="result">')
-    lines += [field(column) for column in columns]
+    for column in columns:
+        identity = field_id(column.name)
+        lines.append(field(column, identity if identity in wanted else ""))
+        wanted.discard(identity)
     lines.append("<DATA>")
     return "\n".join(lines) + "\n"
 
 
-def field(column: Column) -> str:
+def field(column: Column, identity: str = "") -> str:
     """A FIELD element."""
     attributes = {
-        "name": column.name, "datatype": column.datatype,
+        "ID": identity, "name": column.name, "datatype": column.datatype,
         "arraysize": column.arraysize or "", "xtype": column.xtype, "unit": column.unit, "ucd": column.ucd,
         "utype": column.utype,
     }  # fmt: skip
@@ -56,21 +66,26 @@ def field(column: Column) -> str:
     return f"<FIELD {words}><DESCRIPTION>{escape(_clean(column.description))}</DESCRIPTION></FIELD>"
 
 
-def footer(rows: Rows) -> str:
+def footer(rows: Rows, services: Sequence[ServiceDescriptor] = ()) -> str:
     """The end of a document, after the data."""
     word, text = rows.status
     lines = ["</DATA>", "</TABLE>"]
     if word != "OK":
         lines.append(f'<INFO name="QUERY_STATUS" value="{word}">{escape(_clean(text))}</INFO>')
-    lines += ["</RESOURCE>", "</VOTABLE>"]
-    return "\n".join(lines) + "\n"
+    lines.append("</RESOURCE>")
+    for service in services:
+        lines += service.lines()
+    return "\n".join([*lines, "</VOTABLE>"]) + "\n"
 
 
-def write_binary2(result: Result, write: Write, info: Mapping[str, str], *, version: str = "1.4") -> str:
+def write_binary2(
+    result: Result, write: Write, info: Mapping[str, str], *, version: str = "1.4",
+    services: Sequence[ServiceDescriptor] = (),
+) -> str:  # fmt: skip
     """The default format: numbers as they are in memory, in base64."""
     rows = Rows(result)
     columns = result.columns
-    write(header(columns, info, version).encode())
+    write(header(columns, info, version, services).encode())
     write(b'<BINARY2><STREAM encoding="base64">\n')
     rest = b""
     for batch in rows:
@@ -82,19 +97,22 @@ def write_binary2(result: Result, write: Write, info: Mapping[str, str], *, vers
     if rest:
         write(binascii.b2a_base64(rest))
     write(b"</STREAM></BINARY2>\n")
-    write(footer(rows).encode())
+    write(footer(rows, services).encode())
     return rows.outcome
 
 
-def write_tabledata(result: Result, write: Write, info: Mapping[str, str], *, version: str = "1.4") -> str:
+def write_tabledata(
+    result: Result, write: Write, info: Mapping[str, str], *, version: str = "1.4",
+    services: Sequence[ServiceDescriptor] = (),
+) -> str:  # fmt: skip
     """Rows as XML, for people and small programs."""
     rows = Rows(result)
-    write(header(result.columns, info, version).encode())
+    write(header(result.columns, info, version, services).encode())
     write(b"<TABLEDATA>\n")
     for batch in rows:
         write(encode_rows(batch, result.columns))
     write(b"</TABLEDATA>\n")
-    write(footer(rows).encode())
+    write(footer(rows, services).encode())
     return rows.outcome
 
 

@@ -1,0 +1,44 @@
+"""Services that belong to columns of a result, wherever the rows come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from starlette.requests import Request
+
+from cumbre.access.http.base import base_url
+from cumbre.access.results.services import Input, ServiceDescriptor, field_id
+from cumbre.access.tables import Column
+
+
+def next_steps(request: Request, columns: Sequence[Column]) -> list[ServiceDescriptor]:
+    """Light curves for objects, links for images."""
+    found: list[ServiceDescriptor] = []
+    for column in columns:
+        name = column.name.lower()
+        if name == "diaobjectid" and column.datatype == "long" and not _known(found, "light_curve"):
+            found.append(
+                ServiceDescriptor(
+                    "light_curve", "light curve", "Everything that was measured at the place of an object",
+                    base_url(request, "lightcurve"),
+                    (
+                        Input("ID", "long", "", ucd="meta.id", ref=field_id(column.name)),
+                        Input("BAND", ucd="instr.bandpass", description="Only measurements in this band"),
+                    ),
+                    content_type="application/x-votable+xml",
+                )
+            )  # fmt: skip
+        elif name == "obs_publisher_did" and not _known(found, "links"):
+            found.append(
+                ServiceDescriptor(
+                    "links", "links", "What belongs to an image: the file, a picture, cutouts",
+                    base_url(request, "datalink/links"),
+                    (Input("ID", ucd="meta.id;meta.main", ref=field_id(column.name)),),
+                    "ivo://ivoa.net/std/DataLink#links-1.1", "application/x-votable+xml;content=datalink",
+                )
+            )  # fmt: skip
+    return found
+
+
+def _known(found: list[ServiceDescriptor], identity: str) -> bool:
+    return any(service.identity == identity for service in found)
