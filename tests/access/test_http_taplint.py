@@ -27,6 +27,7 @@ def world_with_a_plan(world):
     return world
 
 
+@pytest.mark.timeout(960)
 def test_taplint_has_nothing_to_complain_of(world_with_a_plan):
     command = ["stilts", "taplint", f"tapurl={world_with_a_plan.url}/tap", "report=EF", "format=json"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)

@@ -1,8 +1,10 @@
 """From a thread that writes a document to a response that is sent piece by piece.
 
 The thread runs in a lane. Every query starts in the quick lane; one that lives longer than a second gives its
-place there to others and goes on in the slow lane. So a short query never waits behind long ones; when the slow
-lane is full too, the long query ends with a word about asynchronous jobs.
+place there to others and goes on in the slow lane. So a short query hardly waits behind long ones; when the slow
+lane is full too, and others wait, a query that had its quick place for some seconds ends with a word about
+asynchronous jobs. Not before: on a busy machine short queries last longer than a second, and waiting is better than
+failing.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -21,6 +24,7 @@ from cumbre.access.http.base import BusyError
 HELD_BYTES = 1 << 14
 BLOCKS_AHEAD = 8
 QUICK_S = 1.0
+PATIENCE_S = 5.0
 QUEUE_S = 30.0
 LEFT_S = 0.25
 """How often a waiting answer looks whether its client is still there."""
@@ -37,6 +41,8 @@ class Lanes:
 
     def __init__(self, quick: int = 8, slow: int = 8) -> None:
         self._quick, self._slow = threading.Semaphore(quick), threading.Semaphore(slow)
+        self._lock = threading.Lock()
+        self._waiting = 0
 
     @contextmanager
     def place(self, cancel: Callable[[], None]) -> Iterator[threading.Event]:
@@ -45,7 +51,7 @@ class Lanes:
         Parameters
         ----------
         cancel
-            Stops the block's work when it is long and the slow lane is full.
+            Stops the block's work when it is long, the slow lane is full, and others wait.
 
         Yields
         ------
@@ -57,20 +63,25 @@ class Lanes:
         BusyError
             No place came free in time.
         """
-        if not self._quick.acquire(timeout=QUEUE_S):
-            raise BusyError("many queries are running; try again in a few seconds")
-        lock, state, pushed_out = threading.Lock(), {"held": self._quick}, threading.Event()
+        self._enter()
+        lock, held, pushed_out, over = threading.Lock(), self._quick, threading.Event(), threading.Event()
 
         def promote() -> None:
-            with lock:
-                if state["held"] is not self._quick:
+            nonlocal held
+            begin = time.monotonic()
+            while not over.is_set():
+                with lock:
+                    if over.is_set():
+                        return
+                    if self._slow.acquire(blocking=False):
+                        held = self._slow
+                        self._quick.release()
+                        return
+                if self._waiting and time.monotonic() - begin > PATIENCE_S - QUICK_S:
+                    pushed_out.set()
+                    cancel()
                     return
-                if self._slow.acquire(blocking=False):
-                    state["held"] = self._slow
-                    self._quick.release()
-                    return
-            pushed_out.set()
-            cancel()
+                over.wait(0.2)
 
         timer = threading.Timer(QUICK_S, promote)
         timer.daemon = True
@@ -80,8 +91,21 @@ class Lanes:
         finally:
             timer.cancel()
             with lock:
-                state["held"].release()
-                state["held"] = threading.Semaphore()
+                over.set()
+                held.release()
+
+    def _enter(self) -> None:
+        """Take a place in the quick lane."""
+        if self._quick.acquire(blocking=False):
+            return
+        with self._lock:
+            self._waiting += 1
+        try:
+            if not self._quick.acquire(timeout=QUEUE_S):
+                raise BusyError("many queries are running; try again in a few seconds")
+        finally:
+            with self._lock:
+                self._waiting -= 1
 
 
 class Pipe:

@@ -27,7 +27,7 @@ from cumbre.access.http.next_steps import next_steps
 from cumbre.access.http.stream import Lanes, Pipe, start_writing
 from cumbre.access.http.upload_files import parse_upload_parameter, read_table
 from cumbre.access.identity import Identity, Principal
-from cumbre.access.limits import Limits
+from cumbre.access.limits import Limits, QueryCancelledError
 from cumbre.access.query import Result, run
 from cumbre.access.results import Format, find_format, write
 from cumbre.access.user import User
@@ -125,6 +125,12 @@ class Stop:
             threading.Thread(target=self, name="query-stop", daemon=True).start()
 
 
+def _no_place() -> TransientError:
+    return TransientError(
+        "this query is long and the places for long ones are taken; try again, or send it as an asynchronous job"
+    )
+
+
 @dataclass(frozen=True)
 class Tap:
     """Queries of a site.
@@ -191,23 +197,24 @@ class Tap:
 
         def work(pipe: Pipe) -> None:
             with self.lanes.place(stop) as pushed_out:
-                uploads = {name: read_table(content, name) for name, content in (files or {}).items()}
-                result = self.start(question, who, self.allowed.sync_limits(who), uploads, stop.told)
-                if describe is not None:
-                    result.columns = tuple(describe(column) for column in result.columns)
-                stop.watch(result)
                 try:
+                    uploads = {name: read_table(content, name) for name, content in (files or {}).items()}
+                    result = self.start(question, who, self.allowed.sync_limits(who), uploads, stop.told)
+                    if describe is not None:
+                        result.columns = tuple(describe(column) for column in result.columns)
+                    stop.watch(result)
                     told = [*services, *next_steps(request, result.columns)]
                     status = self._write(result, question, pipe.write, told)
+                except QueryCancelledError:
+                    if pushed_out.is_set():
+                        raise _no_place() from None
+                    raise
                 finally:
                     stop.watch(None)
             self.identity.audit(who, "query", question.adql, status.partition(":")[0])
             if status.startswith("ERROR") and not pipe.flushed:
                 if pushed_out.is_set():
-                    raise TransientError(
-                        "this query is long and the places for long ones are taken; try again, or send it as an "
-                        "asynchronous job"
-                    )
+                    raise _no_place()
                 raise QueryFailedError(status.partition(":")[2].strip())
 
         await start_writing(self.pool, pipe, work, request, stop.later)
