@@ -36,7 +36,7 @@ def _manager(database, engine, owner="test"):
     return JobManager(JobStore(database), engine, Clock.real(), owner=owner)
 
 
-def _all(manager, n=1, limit_s=40.0):
+def _all(manager, n=1, limit_s=120.0):
     finished, end = [], time.monotonic() + limit_s
     while len(finished) < n:
         assert time.monotonic() < end, f"only {finished}"
@@ -186,7 +186,7 @@ def test_killed_worker_costs_a_retry(database, engine, tmp_path):
     manager = _manager(database, engine)
     count = tmp_path / "pids"
     manager.submit(_job("k", "waits_once", {"count": str(count)}))
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while not (count.exists() and count.read_text().strip()):
         assert time.monotonic() < end
         manager.poll(0.05)
@@ -197,6 +197,27 @@ def test_killed_worker_costs_a_retry(database, engine, tmp_path):
     assert done.attempts == 2
     assert done.result.value["pid"] != victim
     assert [row["outcome"] for row in manager.store.attempts("k")] == ["WorkerLost", "Success"]
+
+
+def test_workers_that_end_for_good_are_replaced(database, engine):
+    """As those do that are cut off from their scheduler for long: their nannies do not start them again."""
+    cluster = engine._cluster
+    before = set(engine.pids().values())
+
+    async def end():
+        for nanny in list(cluster.workers.values()):
+            await nanny.close()
+
+    cluster.sync(end)
+    manager = _manager(database, engine)
+    manager.submit(_job("after", "add", {"a": 2, "b": 3}))
+    (done,) = _all(manager)
+    assert done.result.is_success
+    end_of_wait = time.monotonic() + 60
+    while len(engine.workers()) < len(before):
+        assert time.monotonic() < end_of_wait
+        time.sleep(0.1)
+    assert not before & set(engine.pids().values())
 
 
 def test_workers_end_with_a_killed_owner(tmp_path):

@@ -24,6 +24,10 @@ log = logging.getLogger(__name__)
 # Dask's number is larger for what is more urgent, ours smaller.
 _DASK_PRIORITY = 1000
 START_TIMEOUT_S = 60.0
+REFILL_S = 5.0
+"""Real seconds for which workers may be missing before the cluster is looked after."""
+RESTART_S = 120.0
+"""Real seconds that a killed worker may take to be there again: a loaded machine starts a process slowly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,12 +157,14 @@ class DaskEngine:
                 "distributed.scheduler.allowed-failures": 0,
                 "distributed.nanny.pre-spawn-environ": dict.fromkeys(THREAD_VARIABLES, "1") | ENVIRONMENT,
                 "distributed.worker.daemon": True,
+                "distributed.deploy.lost-worker-timeout": RESTART_S,
                 "distributed.admin.system-monitor.gil.enabled": False,
             }
         )
         self._ended: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._futures: dict[str, Any] = {}
         self._cluster: Any = None
+        self._n_workers, self._short_since = n_workers, math.inf
         try:
             if address is None:
                 self._cluster = LocalCluster(
@@ -247,7 +253,28 @@ class DaskEngine:
             info = self._client.scheduler_info(n_workers=-1)["workers"]
             ordered = sorted(info, key=lambda address: str(info[address].get("name", address)))
             self._slots, self._slots_read = deque(ordered), now
+            self._look_after(now)
         return list(self._slots)
+
+    def _look_after(self, now: float) -> None:
+        """Fill gaps of the local cluster: a worker cut off from its scheduler, or started too slowly, ends for good."""
+        if self._cluster is None or len(self._slots) >= self._n_workers:
+            self._short_since = math.inf
+            return
+        self._short_since = min(self._short_since, now)
+        if now - self._short_since >= REFILL_S:
+            self._short_since = now
+            self._cluster.loop.add_callback(self._refill)
+
+    def _refill(self) -> None:
+        """Called on the cluster's loop; workers that are being restarted are left alone."""
+        from distributed.core import Status
+
+        for name, nanny in list(self._cluster.workers.items()):
+            if nanny.status in (Status.closed, Status.failed):
+                log.warning("worker %s ended for good; another one is started in its place", name)
+                del self._cluster.workers[name]
+        self._cluster.scale(self._n_workers)
 
     def pids(self) -> dict[str, int]:
         """Process id of each worker by address."""
