@@ -54,6 +54,36 @@ def test_star_that_varied_is_the_mean_by_the_noise_of_the_skies():
     assert made.variance[20, 180] == pytest.approx(1 / np.sum(1 / np.array(skies)), rel=0.01)
 
 
+def test_star_that_flared_in_the_sharpest_image_is_not_cut():
+    widths, fluxes = (4.8, 4.5, 3.6, 3.7), (0.5e5, 0.7e5, 2.5e5, 0.6e5)
+    visits = [visit(fwhm, 400.0, (1e6, flux)) for fwhm, flux in zip(widths, fluxes, strict=True)]
+    made = make_template(visits, WCS, (SIDE, SIDE))
+    x, y = (int(v) for v in FAINT)
+    assert made.image[y - 12 : y + 13, x - 12 : x + 13].sum() == pytest.approx(np.mean(fluxes), rel=0.005)
+
+
+def test_images_between_the_template_s_pixels_weigh_no_more():
+    skies, fluxes = (400.0, 400.0), (1e5, 1.4e5)
+    first, second = (visit(3.0, sky, (1e6, flux)) for sky, flux in zip(skies, fluxes, strict=True))
+    # half a pixel off along both axes: resampling makes its noise look smaller
+    second.wcs = PlaneWcs.linear(
+        10.0, -30.0, SIDE / 2 + 0.5, SIDE / 2 + 0.5, np.array([[-2e-4, 0], [0, 2e-4]])
+    )
+    made = make_template([first, second], WCS, (SIDE, SIDE))
+    x, y = (int(v) for v in FAINT)
+    total = float(made.image[y - 12 : y + 13, x - 12 : x + 13].sum())
+    assert total == pytest.approx(np.mean(fluxes), rel=0.005)
+
+
+def test_particle_on_a_star_in_one_image_is_left_out():
+    visits = [visit(3.0, 400.0, (1e6, 1e5)) for _ in range(4)]
+    x, y = (int(v) for v in FAINT)
+    before = make_template(visits, WCS, (SIDE, SIDE)).image[y, x + 2]
+    visits[1].image[y, x + 2] += 30000
+    after = make_template(visits, WCS, (SIDE, SIDE)).image[y, x + 2]
+    assert after == pytest.approx(before, rel=0.1)
+
+
 def test_particle_in_one_image_is_left_out():
     visits = [visit(3.0, 400.0, (1e6, 1e3)) for _ in range(3)]
     visits[1].image[30, 150] += 5000

@@ -38,6 +38,26 @@ def test_fluxes_and_places_are_those_of_the_truth(summary):
     assert summary["astrometry_mas"]["wcs_vs_truth"] < 25
 
 
+def test_forced_fluxes_of_constant_stars_err_as_they_say(summary):
+    stars = summary["flux"]["stars"]
+    assert stars["n"] > 60
+    assert abs(stars["bias"]) < 0.02
+    # the brightest: PSF model and zero point count there, not photons
+    brightest = stars["by_snr"][-1]
+    assert brightest["n"] > 15
+    assert 0.4 < brightest["science_pull_width"] < 1.4
+    assert 0.4 < brightest["difference_pull_width"] < 1.6
+
+
+def test_figures_of_another_size_stand_in_the_same_report(summary):
+    text = quality_page.markdown(summary | {"also": {"4k": summary}})
+    assert "## Detectors of 4k" in text
+    assert "### Forced fluxes of constant stars (4k)" in text
+    assert quality_page.page(summary | {"also": {"4k": summary}}, {}).count("<table>") == 2 * len(
+        quality_page.tables(summary)
+    )
+
+
 def test_particles_are_not_published(summary):
     struck = summary["rejected"]["cosmic ray"]
     assert struck["n"] >= 2

@@ -89,7 +89,13 @@ def _psf(
 
 
 def _credible(
-    matched: NDArray[np.int64], n: int, x_ref: NDArray[np.float64], y_ref: NDArray[np.float64], radius: float
+    matched: NDArray[np.int64],
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    x_ref: NDArray[np.float64],
+    y_ref: NDArray[np.float64],
+    radius: float,
+    share: float = 0.2,
 ) -> bool:
     """Whether so many of the brightest stars are matched that it can not be chance.
 
@@ -97,23 +103,28 @@ def _credible(
     ----------
     matched
         Indices of the matched stars, in the order of brightness.
-    n
-        Number of stars.
+    x, y
+        The stars, in pixels.
     x_ref, y_ref
         All reference stars that could have been matched, in pixels.
     radius
         Within which stars were matched, pixels.
+    share
+        Least part matched: of the brightest stars, or of the reference stars among them where those are fewer.
     """
-    k = min(n, 60)
+    k = min(x.size, 60)
     count = int(np.count_nonzero(matched < k))
-    area = max(float(np.ptp(x_ref) * np.ptp(y_ref)), 1.0) * np.pi / 4
-    p = 1 - float(np.exp(-x_ref.size / area * np.pi * radius**2))
-    return count >= max(0.2 * k, k * p + 5 * float(np.sqrt(k * p * (1 - p))) + 3)
+    density = x_ref.size / (max(float(np.ptp(x_ref) * np.ptp(y_ref)), 1.0) * np.pi / 4)
+    p = 1 - float(np.exp(-density * np.pi * radius**2))
+    least = share * min(k, density * float(np.ptp(x) * np.ptp(y)))
+    return count >= max(least, k * p + 5 * float(np.sqrt(k * p * (1 - p))) + 3)
 
 
 WIDE_POINTING_DEG = 0.75
 """How far the pointing is searched when the stars are not where the instrument's usual error allows."""
 _VOTERS = 150
+MOST_GROWTH, WIDEST_GROWTH, MIN_GROWTH = 8, 15.0, 6
+"""Rounds, pixels and least stars in which those far from the middle are looked for."""
 
 
 def _match(
@@ -138,7 +149,7 @@ def _match(
         x, y, xr, yr, tolerance=5.0, parity=1, max_shift=reach_px * 1.5,
         n_bright_ref=int(np.clip(25 / max(share, 1e-6), 100, 1500)),
     )  # fmt: skip
-    if match is not None and _credible(match.first, x.size, xr, yr, 2.5 * match.rms):
+    if match is not None and _credible(match.first, x, y, xr, yr, 2.5 * match.rms):
         return match
     return None
 
@@ -168,7 +179,8 @@ def _voted(
         reach, cell = 2 * cell, max(2.5, cell / 8)
     shift = Affine(np.eye(2), np.array([dx, dy]))
     match = refine(x, y, xr, yr, shift, 5.0, rounds=5)
-    if match is not None and _credible(match.first, x.size, xr, yr, 2.5 * match.rms):
+    # where distortion is strong an affine transform reaches a part of the detector only
+    if match is not None and _credible(match.first, x, y, xr, yr, 2.5 * match.rms, 0.1):
         return match
     return None
 
@@ -234,20 +246,56 @@ def solve_astrometry(
         )
     first, second = match.first, rank[match.second]
     centre_px = ((nx - 1) / 2, (ny - 1) / 2)
-    fit = fit_wcs(x[first], y[first], near.ra[second], near.dec[second], crpix=centre_px, order=min(order, 2))
+    fit, first, second = _grown(x, y, near, first, second, centre_px, min(order, 2))
     for degree in (order, order):
         px, py = fit.wcs.sky2pix(near.ra, near.dec)
         rms_px = np.hypot(fit.rms_x_arcsec, fit.rms_y_arcsec) / scale
         radius = float(np.clip(5 * rms_px, 0.7, 3.0))
         first, second = nearest_pairs(x, y, px, py, radius)
         near_px = np.isfinite(px) & np.isfinite(py)
-        if first.size < min_matches or not _credible(first, x.size, px[near_px], py[near_px], radius):
+        if first.size < min_matches or not _credible(first, x, y, px[near_px], py[near_px], radius, 0.1):
             raise UnprocessableDataError(
                 f"astrometry: only {first.size} of {x.size} stars agree with the fitted WCS; "
                 "the stars do not match the reference"
             )
         fit = fit_wcs(x[first], y[first], near.ra[second], near.dec[second], crpix=centre_px, order=degree)
     return fit, first, nearby[second]
+
+
+def _grown(
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    near: RefCat,
+    first: NDArray[np.int64],
+    second: NDArray[np.int64],
+    centre_px: tuple[float, float],
+    order: int,
+) -> tuple[WcsFit, NDArray[np.int64], NDArray[np.int64]]:
+    """Fit, match again, first as far as chance would add a twentieth, then within what the fit leaves.
+
+    An affine match reaches only as far as the distortion is small; the polynomial of the stars in the middle brings the
+    others near enough to be taken in.
+    """
+    fit = fit_wcs(x[first], y[first], near.ra[second], near.dec[second], crpix=centre_px, order=order)
+    radius = 0.0
+    for _ in range(MOST_GROWTH):
+        px, py = fit.wcs.sky2pix(near.ra, near.dec)
+        if radius == 0.0:
+            inside = (px > x.min()) & (px < x.max()) & (py > y.min()) & (py < y.max())
+            density = np.count_nonzero(inside) / max(float(np.ptp(x) * np.ptp(y)), 1.0)
+            widest = np.sqrt(0.05 * first.size / max(x.size * density * np.pi, 1e-12))
+            widest = radius = float(np.clip(widest, 3.0, WIDEST_GROWTH))
+        else:
+            rms_px = np.hypot(fit.rms_x_arcsec, fit.rms_y_arcsec) / fit.wcs.pixel_scale_arcsec
+            radius = float(np.clip(5 * rms_px, 0.7, widest))
+        before = first, second
+        first, second = nearest_pairs(x, y, px, py, radius)
+        if first.size < MIN_GROWTH:
+            return fit, *before
+        fit = fit_wcs(x[first], y[first], near.ra[second], near.dec[second], crpix=centre_px, order=order)
+        if np.array_equal(first, before[0]) and np.array_equal(second, before[1]):
+            break
+    return fit, first, second
 
 
 def _zero_point(

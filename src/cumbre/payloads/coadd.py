@@ -17,14 +17,30 @@ from cumbre.payloads.stars import detect
 
 TEMPLATE_ZERO_POINT = 27.0
 """AB magnitude of one unit of a template."""
+VARIES = 3.0
+"""A star may be brighter than its median by so many times its light, in an image where it looks like a star."""
 
 
 @njit(cache=True)
 def _combine(  # type: ignore[no-untyped-def]
-    images, variances, masks, shares, unusable, clip, near, image, variance, mask, depth, any_bits, inexact
+    images,
+    smooth,
+    variances,
+    masks,
+    shares,
+    unusable,
+    clip,
+    near,
+    image,
+    variance,
+    mask,
+    depth,
+    any_bits,
+    inexact,
 ):
     n, ny, nx = images.shape
     values, weights, noises = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.float32)
+    shaped = np.empty(n, np.float32)
     for j in range(ny):
         for i in range(nx):
             m = 0
@@ -38,6 +54,7 @@ def _combine(  # type: ignore[no-untyped-def]
                 if bits_k & unusable:
                     continue
                 values[m], weights[m], noises[m] = images[k, j, i], shares[k], variances[k, j, i]
+                shaped[m] = smooth[k, j, i]
                 bits |= bits_k & any_bits
                 m += 1
             if m == 0:
@@ -54,8 +71,10 @@ def _combine(  # type: ignore[no-untyped-def]
                 middle = np.median(values[:m])
                 kept = 0
                 for k in range(m):
-                    # sigma of one value, and the light nearby: stars vary, and so does the seeing
+                    # sigma of one value, and the light nearby: stars vary, and so does the seeing; a star that
+                    # brightened a lot is as smooth as it was, what struck it is not
                     allowed = clip * np.sqrt(noises[k]) + near[j, i]
+                    allowed += min(max(shaped[k], 0.0), VARIES * near[j, i])
                     if abs(values[k] - middle) <= allowed:
                         values[kept], weights[kept], noises[kept] = values[k], weights[k], noises[k]
                         kept += 1
@@ -150,7 +169,7 @@ def make_template(
         sky = np.float32(np.median(variance[data][::17])) if data.any() else np.float32(1)
         variance = np.where(variance < NO_VARIANCE * 1e-4, np.maximum(variance, sky) * scale**2, NO_VARIANCE)
         planes.append((image, variance, mask))
-        shares.append(1.0 / float(sky * scale**2))
+        shares.append(1.0 / (_sky_variance(exposure) * float(scale) ** 2))
         used.append(exposure)
     if not planes:
         raise NoWorkFoundError(f"template: none of {len(exposures)} images overlaps the grid")
@@ -164,8 +183,9 @@ def make_template(
     keep = np.uint16(MaskPlane.INTRP | MaskPlane.SUSPECT | MaskPlane.VIGNETTED | MaskPlane.INJECTED)
     stacks = [np.stack([plane[k] for plane in planes]) for k in range(3)]
     _combine(
-        *stacks, np.array(shares, np.float32), bad, clip, _light_near(stacks[0], used), result.image, result.variance,
-        result.mask, depth, keep, np.uint16(MaskPlane.SUSPECT),
+        stacks[0], _smooth(stacks[0]), *stacks[1:], np.array(shares, np.float32), bad, clip,
+        _light_near(stacks[0], used), result.image, result.variance, result.mask, depth, keep,
+        np.uint16(MaskPlane.SUSPECT),
     )  # fmt: skip
     first = used[0].metadata
     result.metadata = {key: first[key] for key in ("instrument", "band", "physical_filter") if key in first}
@@ -176,6 +196,21 @@ def make_template(
     result.psf = _template_psf(result, used)
     result.metrics["psf_fwhm_px"] = result.psf.fwhm_px
     return result
+
+
+def _sky_variance(exposure: Exposure) -> float:
+    """Median of the variance before resampling: that of resampled pixels depends on where between pixels they fell."""
+    good = (exposure.mask & MaskPlane.unusable()) == 0
+    sample = exposure.variance[good][::17]
+    sample = sample[(sample > 0) & (sample < NO_VARIANCE * 1e-4)]
+    return float(np.median(sample)) if sample.size else 1.0
+
+
+def _smooth(images: NDArray[Any]) -> NDArray[np.float32]:
+    """Medians of 3 × 3 pixels: stars are there, single pixels and lines are not."""
+    import cv2
+
+    return np.stack([cv2.medianBlur(np.ascontiguousarray(image), 3) for image in images])
 
 
 def _light_near(images: NDArray[Any], used: Sequence[Exposure]) -> NDArray[np.float32]:

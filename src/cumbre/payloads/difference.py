@@ -31,6 +31,8 @@ INEXACT_MATCH = 0.1
 MIN_RESIDUAL_STARS = 8
 USUAL_RESIDUAL = 0.02
 """Part of a star's flux that matching leaves, where too few stars tell."""
+LATTICE, MIN_EMPTY = 36, 100
+"""Places along each axis where the noise of fluxes is measured; least number of usable ones."""
 SHARPER = 0.88
 """Ratio of widths below which the science image is convolved: its noise spoils the kernel, the template's hardly."""
 
@@ -371,6 +373,8 @@ def difference(science: Exposure, template: Exposure, config: DifferenceConfig |
         "noise_scale": scale,
         "match_error": error,
         "match_residual": residual,
+        "science_noise_scale": _noise_scale(science, science_psf),
+        "template_noise_scale": _noise_scale(template, template_psf),
         "flux_error": float(np.hypot(science.metrics.get("psf_flux_error", 0.01), 0.921 * zero_point_err)),
     }
     return Difference(
@@ -475,6 +479,26 @@ def _subtract_residual_background(image: FloatImage, bad: NDArray[np.bool_]) -> 
     # The mesh gives the mode; where the noise is skewed (medians of few frames) fluxes need the mean.
     mean = planes.subtract_level(image, np.asarray(fitted.back(), dtype=np.float32), left_out)
     image -= np.float32(mean)
+
+
+def _noise_scale(exposure: Exposure, psf: PsfModel) -> float:
+    """Scatter of PSF fluxes over a lattice of places in units of their errors by the variance plane.
+
+    More than one where the noise is correlated (resampled pixels) or sources too faint to be seen add to it. It is
+    taken below the median, where stars at some of the places do not count.
+    """
+    ny, nx = exposure.shape
+    x, y = np.meshgrid(np.linspace(0, nx - 1, LATTICE + 2)[1:-1], np.linspace(0, ny - 1, LATTICE + 2)[1:-1])
+    found = forced_psf_photometry(
+        exposure.image, exposure.variance, exposure.mask, psf, x, y, bad_bits=UNUSABLE
+    )
+    with np.errstate(invalid="ignore", divide="ignore"):
+        pulls = found.flux / found.flux_err
+    pulls = pulls[np.isfinite(pulls)]
+    if len(pulls) < MIN_EMPTY:
+        return 1.0
+    low, middle = np.percentile(pulls, [15.87, 50.0])
+    return float(np.clip(middle - low, 1.0, 3.0))
 
 
 def _match_error(

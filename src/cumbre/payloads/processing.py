@@ -7,7 +7,7 @@ calibration, ADU otherwise). ``psfFlux`` is the PSF fit on the difference; ``flu
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,6 +179,8 @@ def process_pair(
             version = model.version
             sources["reliability"] = model.scores(described.inputs)
     sources["reliability"][features[:, -1] > 0] = 0.0
+    # The models know the noise of the pixels; what is told is the whole error.
+    _whole_direct_errors(sources, made)
     # Flashes are points of light that were there: they are flagged, and keep their reliability.
     points = np.flatnonzero(~sources["isNegative"] & ~sources["isDipole"] & (features[:, -1] == 0))
     rows = glint_rows(sources["x"][points], sources["y"][points], exposure.shape, fwhm)
@@ -199,6 +201,42 @@ def process_pair(
         "streak_fraction": 0.0 if streak is None else float(streak.mean()),
     }
     return DifferenceResult(exposure, sources, snr, made, metrics, features, described.inputs, version)
+
+
+def whole_error(
+    metrics: Mapping[str, float], noise: Any, flux: Any, template_light: Any, *, is_inexact: Any
+) -> Any:
+    """Error of PSF fluxes on a difference: of numbers, or of arrays of shape (n,).
+
+    Parameters
+    ----------
+    metrics
+        Of the difference.
+    noise
+        That of the pixels in the flux.
+    template_light
+        The template's flux at the place, in science units.
+    is_inexact
+        Where the template's PSF is not the one that was matched (SUSPECT).
+    """
+    left = np.where(
+        is_inexact, max(metrics["match_residual"], 0.5 * INEXACT_MATCH), metrics["match_residual"]
+    )
+    # the noise; the PSF model and the zero point; what matching leaves of a star at the place
+    return np.sqrt(noise**2 + (metrics["flux_error"] * flux) ** 2 + (left * template_light) ** 2)
+
+
+def _whole_direct_errors(sources: NDArray[Any], made: Difference) -> None:
+    """Errors of fluxes on science image and template, in place: noise as it is, PSF model, zero point."""
+    for name, plane in (("scienceFlux", "science"), ("templateFlux", "template")):
+        noise = made.metrics[f"{plane}_noise_scale"] * sources[name + "Err"]
+        sources[name + "Err"] = np.hypot(noise, made.metrics["flux_error"] * sources[name])
+
+
+def template_factor(made: Difference) -> float:
+    """Science units in one unit of the template."""
+    kernel_sum = made.solution.metrics["sum"]
+    return 1.0 / kernel_sum if made.is_science_convolved else kernel_sum
 
 
 def _independent(
@@ -259,7 +297,7 @@ class _Measurer:
             core_tolerance=self._core_tolerance, hit_bits=int(MaskPlane.CR),
         )  # fmt: skip
         here, near = light_near(self._made.template.image, x, y, self._fwhm)
-        factor = self._template_factor()
+        factor = template_factor(self._made)
         halo = SaturationReach(self._mask, int(MaskPlane.SAT | MaskPlane.SAT_TEMPLATE), self._fwhm)(x, y)
         for index, (source, px, py) in enumerate(zip(measured, x.tolist(), y.tolist(), strict=True)):
             rows[index]["id"] = index
@@ -309,10 +347,9 @@ class _Measurer:
         row["snr"] = abs(peak_snr)
         row["psfFlux"], row["psfChi2"] = source.flux, source.chi2
         inexact = INEXACT_MATCH if source.mask_bits & MaskPlane.SUSPECT else 0.0
-        # photons; the PSF model and the zero point; what matching leaves of a star at the place
-        parts = source.flux_err, self._made.metrics["flux_error"] * source.flux
-        left = max(self._made.metrics["match_residual"], 0.5 * inexact)
-        row["psfFluxErr"] = math.hypot(*parts, left * template[0])
+        row["psfFluxErr"] = whole_error(
+            self._made.metrics, source.flux_err, source.flux, template[0], is_inexact=inexact > 0
+        )
         row["apFlux"], row["apFluxErr"] = source.aperture_flux, source.aperture_err
         row["flux"] = inside
         row["isNegative"] = peak_snr < 0
@@ -387,13 +424,8 @@ class _Measurer:
                 exposure.image, exposure.variance, exposure.mask, psf, rows["x"], rows["y"],
                 bad_bits=int(MaskPlane.BAD | MaskPlane.NO_DATA),
             )  # fmt: skip
-            factor = self._template_factor() if name == "templateFlux" else 1.0
+            factor = template_factor(self._made) if name == "templateFlux" else 1.0
             rows[name], rows[name + "Err"] = fluxes.flux * factor, fluxes.flux_err * factor
-
-    def _template_factor(self) -> float:
-        """Template fluxes in science units."""
-        kernel_sum = self._made.solution.metrics["sum"]
-        return 1.0 / kernel_sum if self._made.is_science_convolved else kernel_sum
 
 
 def _without_doubles(rows: NDArray[Any], fwhm: float) -> NDArray[Any]:

@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cumbre.site.quality_fluxes import forced_on_stars, of_changes, of_stars
+
 if TYPE_CHECKING:
     from cumbre.payloads.alert_production import DetectorResult
     from cumbre.payloads.processing import DifferenceResult
@@ -38,6 +40,11 @@ SYSTEMATIC = 0.01
 SNR_EDGES = (5.0, 6.0, 7.0, 8.0, 10.0, 15.0, 25.0, 50.0, 100.0, np.inf)
 MAG_EDGES = tuple(np.arange(15.0, 24.01, 1.0))
 LIMITS = (5.0, 6.0, 8.0, 10.0)
+PUBLISHED: tuple[dict[str, Any], ...] = (
+    {"size": "1k", "seeds": [305, 306], "detectors": 4, "visits": 4, "rich": True},
+    {"size": "4k", "seeds": [403], "detectors": 1, "visits": 4, "rich": True},
+)
+"""What the figures of the documentation are made of."""
 REAL, FALSE, UNSURE = 1, 0, -1
 CLASSES = ("cosmic ray", "trail", "glint", "bright-star residual", "galaxy residual", "defect", "other")
 
@@ -60,6 +67,9 @@ class Record:
         Kind of the truth for real sources, one of ``CLASSES`` for false ones.
     flux_scale
         nJy of one unit of the sources' fluxes.
+    stars
+        Constant stars: true flux, and what forced photometry says on science image and difference; see
+        :func:`cumbre.site.quality_fluxes.forced_on_stars`.
     """
 
     name: str
@@ -73,6 +83,7 @@ class Record:
     seconds: float
     metrics: dict[str, float] = field(default_factory=dict)
     wcs_error_mas: float = float("nan")
+    stars: dict[str, NDArray[Any]] = field(default_factory=dict)
     stamps: NDArray[np.float32] | None = None
     reliability_version: str = ""
 
@@ -140,7 +151,7 @@ def run_case(
         name=case.name, truth=truth, sources=sources, features=made.result.features, label=label, what=what,
         flux_scale=made.exposure.njy_per_electron(), pixel_arcsec=made.exposure.metrics["pixel_scale_arcsec"],
         seconds=seconds, metrics={**made.exposure.metrics, **made.result.metrics},
-        wcs_error_mas=_wcs_error_mas(case, made), stamps=stamps,
+        wcs_error_mas=_wcs_error_mas(case, made), stars=forced_on_stars(case, made), stamps=stamps,
         reliability_version=made.result.reliability_version,
     )  # fmt: skip
 
@@ -261,7 +272,7 @@ def summarise(records: Iterable[Record], *, reliable: float = 0.5) -> dict[str, 
         "by_kind": _kinds(truth),
         "rejected": _classes(listed, reliable),
         "curves": _curves(listed),
-        "flux": _fluxes(truth),
+        "flux": of_changes(truth) | {"stars": of_stars([r.stars for r in listed])},
         "astrometry_mas": _astrometry(listed, truth),
     }
 
@@ -391,30 +402,6 @@ def _curves(records: list[Record]) -> dict[str, list[list[float]]]:
             [round(float(t), 2), round(float((mine >= t).mean()), 4)] for t in np.linspace(0, 1, 21)
         ]
     return out
-
-
-def _fluxes(truth: dict[str, NDArray[Any]]) -> dict[str, Any]:
-    """Bias (median of measured / true − 1) and width of the pulls of what was found."""
-    # Moving sources are trailed: their PSF flux is another quantity.
-    use = (
-        truth["is_found"]
-        & np.isfinite(truth["flux_njy"])
-        & (truth["kind"] != "asteroid")
-        & truth["usable"].astype(bool)
-    )
-    bright = use & (truth["snr"] > 15)
-    ratio = truth["flux_njy"][bright] / truth["true_njy"][bright] - 1
-    # Near the threshold only upward noise is detected: pulls are those of sources found whatever the noise.
-    sure = use & (truth["snr"] > 10)
-    pull = (truth["flux_njy"] - truth["true_njy"])[sure] / truth["flux_err_njy"][sure]
-    return {
-        "n": int(bright.sum()),
-        "bias": float(np.median(ratio)) if len(ratio) else None,
-        "bias_err": float(1.2533 * np.std(ratio) / np.sqrt(len(ratio))) if len(ratio) else None,
-        "pull_median": float(np.median(pull)) if len(pull) else None,
-        "pull_width": float(0.7413 * np.subtract(*np.percentile(pull, [75, 25]))) if len(pull) else None,
-        "pull_outliers": float((np.abs(pull) > 5).mean()) if len(pull) else None,
-    }  # fmt: skip
 
 
 def _astrometry(records: list[Record], truth: dict[str, NDArray[Any]]) -> dict[str, Any]:

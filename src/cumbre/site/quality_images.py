@@ -36,6 +36,8 @@ RICH_SKY = "  transients_per_detector: 14\n  variables_fraction: 0.03\n  asteroi
 """More of everything than a demonstration night has."""
 RICH_SKY_4K = "  star_density: 16\n  transients_per_detector: 150\n  variables_fraction: 0.03\n  asteroids_per_deg2: 120\n"
 """With 9,000 stars on the detector."""
+ALONE_FWHM = 5.0
+"""Distance of the nearest other source from a star that is alone."""
 MAKERS = ("coadd.py", "calibrat*.py", "isr.py", "raw.py", "stars.py", "kernels/*.py")
 """Modules of the payloads that calibrations and templates come out of."""
 
@@ -209,3 +211,30 @@ def debris(case: Case) -> Debris:
         galaxies=table[s.kind == GALAXY],
         defects=chip(case.instrument, detector, case.seed).defects,
     )
+
+
+def constant_stars(case: Case) -> dict[str, NDArray[Any]]:
+    """Stars whose fluxes any image must give: constant, alone, not saturated.
+
+    Returns
+    -------
+    dict of arrays
+        ``ra``, ``dec`` (degrees), ``flux_njy``.
+    """
+    from scipy.spatial import cKDTree
+
+    from cumbre.simulator.chip import chip
+    from cumbre.simulator.sky import STAR
+
+    detector = case.raw.detector
+    light = case.sky.light(case.instrument, detector, case.request)
+    s, fwhm = light.sources, light.psf.fwhm_px
+    if len(s.x) < 2:
+        return {name: np.zeros(0) for name in ("ra", "dec", "flux_njy")}
+    places = np.column_stack([s.x, s.y])
+    apart = cKDTree(places).query(places, k=2)[0][:, 1]
+    inside = (s.x > 16) & (s.y > 16) & (s.x < detector.nx - 17) & (s.y < detector.ny - 17)
+    full = float(chip(case.instrument, detector, case.seed).full_well_e.min())
+    faint = s.flux_e * light.psf.peak_fraction() + light.background_e < 0.8 * full
+    good = (s.kind == STAR) & inside & faint & (apart > ALONE_FWHM * fwhm)
+    return {"ra": s.ra[good], "dec": s.dec[good], "flux_njy": 3631e9 * 10 ** (-0.4 * s.mag[good])}

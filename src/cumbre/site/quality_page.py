@@ -22,6 +22,12 @@ TARGETS: tuple[tuple[str, tuple[str, ...], str, Callable[[float], bool]], ...] =
     ("purity above 6 sigma", ("above", "6", "purity"), ">= 95 %", lambda v: v >= 0.95),
     ("flux bias", ("flux", "bias"), "< 1 %", lambda v: abs(v) < 0.01),
     ("width of pulls", ("flux", "pull_width"), "0.9–1.1", lambda v: 0.9 <= v <= 1.1),
+    (
+        "width of pulls, science flux of stars",
+        ("flux", "stars", "pull_width"),
+        "0.9–1.1",
+        lambda v: 0.9 <= v <= 1.1,
+    ),
     ("stars against reference (mas)", ("astrometry_mas", "stars_vs_reference"), "< 20", lambda v: v < 20),
 )
 PERCENT = ("completeness", "purity", "bias")
@@ -51,6 +57,10 @@ def shown(value: float | None, *, is_part: bool = False) -> str:
     if value is None:
         return "–"
     return f"{100 * value:.1f} %" if is_part else f"{value:.2f}"
+
+
+def _range(low: float, high: float | None) -> str:
+    return f"{low:g}–{high:g}" if high else f"from {low:g}"
 
 
 def write(folder: Path, data: dict[str, Any]) -> dict[str, str]:
@@ -141,7 +151,7 @@ def tables(data: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]
         for limit, r in data["above"].items()
     ]  # fmt: skip
     bins = [
-        [f"{r['snr']:g}–{r['to']:g}" if r["to"] else f"from {r['snr']:g}", str(r["n"]), shown(r["completeness"], is_part=True),
+        [_range(r["snr"], r["to"]), str(r["n"]), shown(r["completeness"], is_part=True),
          str(r["n_published"]), shown(r["purity"], is_part=True)]
         for r in data["by_snr"]
     ]  # fmt: skip
@@ -179,6 +189,15 @@ def tables(data: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]
         ],
         ["CPU time of an image, raw file to alerts", f"{shown(data['seconds_per_image'])} s"],
     ]
+    changes = [
+        [_range(r["snr"], r["to"]), str(r["n"]), shown(r["bias"], is_part=True), shown(r["pull_median"]), shown(r["pull_width"])]
+        for r in data["flux"]["by_snr"]
+    ]  # fmt: skip
+    stars = [
+        [_range(r["snr"], r["to"]), str(r["n"]), shown(r["science_bias"], is_part=True), shown(r["science_pull_width"]),
+         shown(r["difference_pull_median"]), shown(r["difference_pull_width"])]
+        for r in data["flux"]["stars"]["by_snr"]
+    ]  # fmt: skip
     limits = [f"above {limit} sigma" for limit in data["above"]]
     return [
         ("Required figures", ["figure", "measured", "required", "met"], goal),
@@ -188,6 +207,9 @@ def tables(data: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]
         ("By kind", ["kind", *limits], kinds),
         ("Detections of nothing real", ["class", "detected", "published", "rejected"], junk),
         ("Fluxes, places, time", ["", ""], numbers),
+        ("Fluxes of changes", ["S/N", "sources", "bias", "median pull", "width of pulls"], changes),
+        ("Forced fluxes of constant stars",
+         ["S/N", "stars", "bias of scienceFlux", "width of its pulls", "median pull of psfFlux", "width of its pulls"], stars),
     ]  # fmt: skip
 
 
@@ -214,19 +236,32 @@ def markdown(data: dict[str, Any]) -> str:
     """The tables for the documentation."""
     lines = [_about(data), "", NOTE, ""]
     for title, head, rows in tables(data):
-        lines += [f"## {title}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-        lines += ["| " + " | ".join(row) + " |" for row in rows]
-        lines.append("")
+        lines += _table(f"## {title}", head, rows)
+    for size, other in data.get("also", {}).items():
+        lines += [f"## Detectors of {size}", "", _about(other), ""]
+        for title, head, rows in tables(other):
+            lines += _table(f"### {title} ({size})", head, rows)
     return "\n".join(lines)
+
+
+def _table(title: str, head: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [title, "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
+
+
+def _html_table(title: str, head: list[str], rows: list[list[str]]) -> str:
+    cells = "".join(f"<th>{html.escape(h)}</th>" for h in head)
+    lines = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+    return f"<h2>{html.escape(title)}</h2><table><tr>{cells}</tr>{lines}</table>"
 
 
 def page(data: dict[str, Any], pictures: dict[str, bytes]) -> str:
     """One HTML page with tables and plots inside."""
     body = [f"<h1>Quality of alerts</h1><p>{html.escape(_about(data))}</p><p>{html.escape(NOTE)}</p>"]
-    for title, head, rows in tables(data):
-        cells = "".join(f"<th>{html.escape(h)}</th>" for h in head)
-        lines = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-        body.append(f"<h2>{html.escape(title)}</h2><table><tr>{cells}</tr>{lines}</table>")
+    body += [_html_table(*table) for table in tables(data)]
+    for size, other in data.get("also", {}).items():
+        body.append(f"<h1>Detectors of {html.escape(size)}</h1><p>{html.escape(_about(other))}</p>")
+        body += [_html_table(*table) for table in tables(other)]
     for name, content in pictures.items():
         code = base64.b64encode(content).decode()
         body.append(f'<p><img alt="{html.escape(name)}" src="data:image/png;base64,{code}"></p>')

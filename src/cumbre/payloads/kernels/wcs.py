@@ -266,7 +266,8 @@ def fit_wcs(
     crpix
         Reference pixel (x, y), 0-based: use the detector's centre.
     order
-        Highest degree; lowered until there are at least three stars per coefficient.
+        Highest degree; lowered until there are at least three stars per coefficient, unless a higher one tells each
+        star's place from the others at least twice as well.
     weight
         Relative weights (inverse variances), shape (n,).
     clip
@@ -282,6 +283,35 @@ def fit_wcs(
     if xs.size < 3:
         raise UnprocessableDataError(f"WCS fit: {xs.size} matched stars; at least 3 are needed")
     root = np.sqrt(np.ones(xs.size) if weight is None else np.asarray(weight, np.float64))
+    degree = max(1, order)
+    while degree > 1 and xs.size < 3 * _terms(degree):
+        degree -= 1
+    best, least = _fit_degree(xs, ys, ras, decs, root, crpix, degree, clip, rounds)
+    # With few stars a higher degree must predict each star far better from the others.
+    while degree < order and xs.size >= 1.5 * _terms(degree + 1):
+        degree += 1
+        fit, error = _fit_degree(xs, ys, ras, decs, root, crpix, degree, clip, rounds)
+        if error < 0.5 * least:
+            best, least = fit, error
+    return best
+
+
+def _terms(degree: int) -> int:
+    return (degree + 1) * (degree + 2) // 2
+
+
+def _fit_degree(
+    xs: Floats,
+    ys: Floats,
+    ras: Floats,
+    decs: Floats,
+    root: Floats,
+    crpix: tuple[float, float],
+    order: int,
+    clip: float,
+    rounds: int,
+) -> tuple[WcsFit, float]:
+    """The fit of one degree, and by how much (median, arc seconds) it misses a star that it does not know."""
     u, v = xs - crpix[0], ys - crpix[1]
     size = max(float(np.abs(u).max()), float(np.abs(v).max()), 1.0)
     used = np.ones(xs.size, dtype=bool)
@@ -289,9 +319,10 @@ def fit_wcs(
     coefficients = np.zeros((3, 2))
     powers = _powers(1, 0)
     residual = np.zeros((xs.size, 2))
+    basis = np.zeros((xs.size, 3))
     for _ in range(max(rounds, 3)):
-        degree = max(1, order)
-        while degree > 1 and used.sum() < 3 * (degree + 1) * (degree + 2) // 2:
+        degree = order
+        while degree > 1 and used.sum() < 1.5 * _terms(degree):
             degree -= 1
         powers = _powers(degree, 0)
         basis = np.stack([(u / size) ** p * (v / size) ** q for p, q in powers], axis=1)
@@ -323,8 +354,13 @@ def fit_wcs(
     inverse = np.linalg.inv(cd)
     for (p, q), (cx, cy) in zip(powers[3:], coefficients[3:], strict=True):
         a[p, q], b[p, q] = inverse @ np.array([cx, cy]) / size ** (p + q)
-    rms = np.sqrt(np.mean(residual[used] ** 2, axis=0))
-    return WcsFit(PlaneWcs(crval, crpix, cd, a, b), used, float(rms[0]), float(rms[1]))
+    free = max(int(used.sum()) - len(powers), 1)
+    rms = np.sqrt(np.sum(residual[used] ** 2, axis=0) / free)
+    rows = basis[used] * root[used, None]
+    own = np.einsum("ij,ji->i", rows, np.linalg.pinv(rows))
+    missed = np.hypot(residual[used, 0], residual[used, 1]) / np.maximum(1 - own, 0.02)
+    fit = WcsFit(PlaneWcs(crval, crpix, cd, a, b), used, float(rms[0]), float(rms[1]))
+    return fit, float(np.median(missed))
 
 
 def _sky_mean(ra: Floats, dec: Floats) -> tuple[float, float]:
