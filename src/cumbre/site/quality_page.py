@@ -30,6 +30,7 @@ TARGETS: tuple[tuple[str, tuple[str, ...], str, Callable[[float], bool]], ...] =
     ),
     ("stars against reference (mas)", ("astrometry_mas", "stars_vs_reference"), "< 20", lambda v: v < 20),
 )
+TICKS = (5, 7, 10, 20, 50, 100)
 PERCENT = ("completeness", "purity", "bias")
 
 
@@ -107,6 +108,8 @@ def _by_snr(data: dict[str, Any]) -> Figure:
         if points:
             axes.plot(*zip(*points, strict=True), marker, label=label)
     axes.set_xscale("log")
+    axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+    axes.minorticks_off()
     axes.axhline(0.95, color="grey", lw=0.8, ls=":")
     axes.set_ylim(
         min(0.5, *[r[k] for r in rows for k in ("completeness", "purity") if r[k] is not None]) - 0.02, 1.01
@@ -134,7 +137,7 @@ def _by_class(data: dict[str, Any]) -> Figure:
     axes.axvline(data["reliability_threshold"], color="grey", lw=0.8, ls=":")
     axes.set_xlabel("least reliability")
     axes.set_ylim(-0.02, 1.02)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.45, 0.95), ncols=2)
     return figure
 
 
