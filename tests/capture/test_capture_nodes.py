@@ -245,7 +245,7 @@ def test_a_commanded_image_is_written_and_a_damaged_file_is_made_again(site, bus
     ("fields", "words"),
     [
         ({"obsId": "XC_O_20261120_000077"}, "no such image"),
-        ({"obsId": OBS, "detectors": ["R99_S00"]}, "R99_S00"),
+        ({"obsId": OBS, "detectors": ["R99_S00"]}, "['R99_S00']: the camera read"),
         ({"obsId": "../../etc"}, "expected XX_O_"),
     ],
 )
