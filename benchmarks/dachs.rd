@@ -9,6 +9,7 @@ pg_sphere's SQL script. Then, with WORK of the benchmark's option "work" and ROW
   python -c "import pyarrow.parquet as p, pyarrow.csv as c; t = p.read_table('WORK/object-ROWS.parquet');
              i = t.schema.get_field_index('extended'); t = t.set_column(i, 'extended', t['extended'].cast('int16'));
              c.write_csv(t, 'object.csv', c.WriteOptions(include_header=False))"
+  (in [web] of /etc/gavo.rc: maxSyncUploadSize: 20000000)
   psql gavo -c "\copy cat.object from 'object.csv' csv" -c "cluster cat.object" -c "analyze cat.object"
   dachs imp -m /var/gavo/inputs/cat/q.rd; dachs serve debug
   cumbre benchmark access -work WORK -rows ROWS -peer http://127.0.0.1:8080/tap     (each option with two dashes)

@@ -20,6 +20,8 @@ def test_the_script_plots_a_light_curve(world, tmp_path):
         cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "20 positions, 20 matches" in done.stdout  # objects of this site are 36 arc seconds apart
+    assert "is 0.50 arc seconds away" in done.stdout
     assert (
         f"light_curve.png: {CURVE_POINTS + 1} points" in done.stdout
     )  # the administrator sees the newest too

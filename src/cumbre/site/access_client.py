@@ -73,8 +73,13 @@ class Service:
             "best_ms": round(1000 * taken[0], 1),
         }
 
-    def one_job(self, query: str) -> dict[str, Any]:
+    def one_job(self, query: str, *, apart: bool = False) -> dict[str, Any]:
         """An asynchronous job from its making to its result.
+
+        Parameters
+        ----------
+        apart
+            It is told to run in a request of its own, for services that know no other way.
 
         Raises
         ------
@@ -82,10 +87,11 @@ class Service:
             It does not end.
         """
         begin = time.perf_counter()
-        made = self.fetch(
-            "/tap/async", {"LANG": "ADQL", "REQUEST": "doQuery", "QUERY": query, "PHASE": "RUN"}
-        )
+        form = {"LANG": "ADQL", "REQUEST": "doQuery", "QUERY": query}
+        made = self.fetch("/tap/async", form if apart else form | {"PHASE": "RUN"})
         path = urllib.parse.urlsplit(made["answer"].getheader("Location")).path.removeprefix(self._prefix)
+        if apart:
+            self.fetch(f"{path}/phase", {"PHASE": "RUN"})
         while b">COMPLETED<" not in self.fetch(f"{path}?WAIT=10")["start"]:
             if time.perf_counter() - begin > JOB_S:
                 raise RuntimeError(f"{path}: the job does not end")
@@ -100,9 +106,9 @@ def centres(count: int = CONES, seed: int = 7) -> list[tuple[float, float]]:
     return [(float(a), float(np.degrees(np.arcsin(b)))) for a, b in zip(ra, z, strict=True)]
 
 
-def multipart(query: str, content: bytes, name: str) -> tuple[bytes, str]:
+def multipart(query: str, content: bytes, name: str, **more: str) -> tuple[bytes, str]:
     """A form with the query and an uploaded table ``mine``; returns it and its media type."""
-    parts = {"LANG": "ADQL", "REQUEST": "doQuery", "UPLOAD": "mine,param:mine", "QUERY": query}
+    parts = {"LANG": "ADQL", "REQUEST": "doQuery", "UPLOAD": "mine,param:mine", "QUERY": query} | more
     head = "".join(
         f'--b\r\nContent-Disposition: form-data; name="{k}"\r\n\r\n{v}\r\n' for k, v in parts.items()
     )
