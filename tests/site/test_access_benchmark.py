@@ -64,7 +64,8 @@ def test_every_figure_is_there_and_the_data_are_made_once(tmp_path: Path) -> Non
         told = {name: step() for name, step in peer.steps(bench.positions(100), 2 / 3600).items()}
         assert len(told) == 6
         assert not [value for value in told.values() if "failed" in value]
-        assert "400" in peer.steps(bench.positions(5), -1)["peer: match 0k"]()["failed"]
+        peer.table = "pg.elsewhere"
+        assert "no table" in peer.steps(bench.positions(5), 1)["peer: scan and aggregate"]()["failed"]
         assert told["peer: BINARY2"]["bytes_per_row"] == pytest.approx(106, abs=1)
         with pytest.raises(RuntimeError, match=f"has {ROWS} rows, expected the 5"):
             Peer(bench.url, 5, "pg.object")
