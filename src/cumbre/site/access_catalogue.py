@@ -97,7 +97,8 @@ def fill_catalogue(db: Database, parquet: Path) -> None:
         return
     listed = ", ".join(f'"{c.stored_name}" {_KINDS[c.datatype]}' for c in COLUMNS)
     db.execute(
-        f"DROP SCHEMA IF EXISTS cat CASCADE; CREATE SCHEMA cat; CREATE UNLOGGED TABLE cat.object ({listed})"
+        "CREATE SCHEMA IF NOT EXISTS cat; DROP TABLE IF EXISTS cat.object, cat.ready;"
+        f" CREATE UNLOGGED TABLE cat.object ({listed})"
     )
     for batch in pq.ParquetFile(parquet).iter_batches(CHUNK):
         part = pa.Table.from_batches([batch])
