@@ -381,10 +381,11 @@ def _pss(process: psutil.Process) -> float:
 def _hops(db: Any) -> dict[str, dict[str, float]]:
     """Files a hop, and night seconds from the end of readout to it."""
     rows = db.query(
-        "SELECT hop.hop, count(*) AS files, max(lag) AS max, percentile_cont(0.5) WITHIN GROUP (ORDER BY lag) AS p50,"
-        " percentile_cont(0.98) WITHIN GROUP (ORDER BY lag) AS p98 FROM ledger.hop JOIN LATERAL (SELECT"
-        " hop.hop_tai - (SELECT min(r.hop_tai) FROM ledger.hop r WHERE r.obs_id = hop.obs_id AND r.hop = 'read_out')"
-        " AS lag) l ON true WHERE outcome = 'ok' AND detector >= 0 GROUP BY hop.hop", ()
+        "WITH begun AS (SELECT obs_id, min(hop_tai) AS tai FROM ledger.hop WHERE hop = 'read_out' GROUP BY obs_id),"
+        " lags AS (SELECT hop, hop_tai - tai AS lag FROM ledger.hop JOIN begun USING (obs_id)"
+        " WHERE outcome = 'ok' AND detector >= 0)"
+        " SELECT hop, count(*) AS files, max(lag) AS max, percentile_cont(0.5) WITHIN GROUP (ORDER BY lag) AS p50,"
+        " percentile_cont(0.98) WITHIN GROUP (ORDER BY lag) AS p98 FROM lags GROUP BY hop", ()
     )  # fmt: skip
     return {row["hop"]: {key: float(row[key]) for key in ("files", "p50", "p98", "max")} for row in rows}
 
