@@ -253,3 +253,18 @@ def test_a_point_just_inside_a_corner_finds_the_outline(places: list[Place]) -> 
         for place in places:
             found = place.rows(f"SELECT id FROM stars WHERE 1 = CONTAINS(POINT({ra}, {dec}), outline)")
             assert (IDS[row],) in found, (place.name, ra, dec)
+
+
+def test_a_polygon_with_a_thin_corner_far_from_its_middle(places: list[Place]) -> None:
+    """Three corners nearly in line: seen from the middle they turn the other way than they do on the sky."""
+    corners = (
+        (33.0, 0.0), (9.092781602452527, 13.826976662325036), (-15.12286705659449, 29.685503131243543),
+        (-31.305544593173106, -11.014081262926874), (-23.000306554415072, -24.34211566448001),
+        (10.437577915297233, -31.484480338936326),
+    )  # fmt: skip
+    ra, dec = (np.array(part) for part in zip(*corners, strict=True))
+    edges = vectors(ra, dec)
+    turns, sure = winding(STARS, edges)
+    inside = turns & (STARS @ edges.sum(axis=0) > 0)
+    listed = ", ".join(f"{a!r}, {b!r}" for a, b in zip(ra.tolist(), dec.tolist(), strict=True))
+    check(places, f"1 = CONTAINS(POINT(ra, dec), POLYGON({listed}))", inside, sure)

@@ -203,6 +203,10 @@ class DaskEngine:
     def completed(self, timeout_s: float) -> list[Completion]:
         """Gather what ended; a dead worker gives the outcome ``WorkerLost``."""
         found: list[Completion] = []
+        if self._cluster is not None and time.monotonic() - self._slots_read > REFILL_S:
+            # Nobody else asks while a try is thought to run on a worker that is gone.
+            with contextlib.suppress(OSError, TimeoutError):
+                self.workers()
         while True:
             try:
                 key, future = self._ended.get(timeout=timeout_s if not found else 0)

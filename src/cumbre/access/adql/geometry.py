@@ -199,10 +199,13 @@ def in_shape_sql(dialect: Dialect, point: Point, shape: Shape) -> str:
 
 
 def _half_spaces(corners, side, centre) -> list[str]:  # type: ignore[no-untyped-def]
+    """The sides of a triangle or a convex polygon, all from within."""
     count = len(corners)
-    turn = 0.0
-    for i in range(count):
-        turn += float(np.dot(np.cross(corners[i], corners[(i + 1) % count]), centre))
+    # By the corners themselves: seen from the centre a thin triangle of long arcs may seem to turn the other way.
+    turn = sum(
+        float(np.dot(np.cross(corners[i], corners[(i + 1) % count]), corners[(i + 2) % count]))
+        for i in range(count)
+    )
     sign = 1.0 if turn >= 0 else -1.0
     out = []
     for i in range(count):
