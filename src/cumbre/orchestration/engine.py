@@ -163,8 +163,9 @@ class DaskEngine:
         )
         self._ended: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._futures: dict[str, Any] = {}
+        self._wanted: dict[str, str] = {}
         self._cluster: Any = None
-        self._n_workers, self._short_since = n_workers, math.inf
+        self._n_workers, self._short_since, self._next_look = n_workers, math.inf, 0.0
         try:
             if address is None:
                 self._cluster = LocalCluster(
@@ -197,16 +198,18 @@ class DaskEngine:
             run_task, function, payload, key=key, pure=False, retries=0,
             priority=_DASK_PRIORITY - priority, **where,
         )  # fmt: skip
-        self._futures[key] = future
+        self._futures[key], self._wanted[key] = future, worker
         future.add_done_callback(lambda done, key=key: self._ended.put((key, done)))
 
     def completed(self, timeout_s: float) -> list[Completion]:
         """Gather what ended; a dead worker gives the outcome ``WorkerLost``."""
         found: list[Completion] = []
-        if self._cluster is not None and time.monotonic() - self._slots_read > REFILL_S:
+        if self._futures and time.monotonic() >= self._next_look:
             # Nobody else asks while a try is thought to run on a worker that is gone.
+            self._next_look = time.monotonic() + REFILL_S
             with contextlib.suppress(OSError, TimeoutError):
                 self.workers()
+                found += self._stranded()
         while True:
             try:
                 key, future = self._ended.get(timeout=timeout_s if not found else 0)
@@ -215,9 +218,24 @@ class DaskEngine:
             if self._futures.get(key) is not future:
                 continue  # cancelled, or submitted again
             del self._futures[key]
+            self._wanted.pop(key, None)
             found.append(Completion(key, self._result(future)))
             if found[-1].result.outcome == LOST:
                 self._slots_read = -math.inf
+
+    def _stranded(self) -> list[Completion]:
+        """Tries that were meant for a worker that had just gone, when there was no other: Dask keeps them for ever."""
+        gone = [key for key, worker in self._wanted.items() if worker and worker not in self._slots]
+        if not gone or not self._slots:
+            return []
+        begun = {key for keys in self._client.processing().values() for key in keys}
+        stranded = [key for key in gone if key not in begun and self._futures[key].status == "pending"]
+        for key in stranded:
+            self.cancel(key)
+        return [
+            Completion(key, JobResult(LOST, "its worker ended before it began", may_retry=True))
+            for key in stranded
+        ]
 
     @staticmethod
     def _result(future: Any) -> JobResult:
@@ -236,6 +254,7 @@ class DaskEngine:
     def cancel(self, key: str) -> None:
         """Ask the cluster to drop it."""
         future = self._futures.pop(key, None)
+        self._wanted.pop(key, None)
         if future is not None:
             future.cancel()
 
