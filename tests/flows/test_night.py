@@ -48,7 +48,7 @@ def test_a_night_loses_nothing_and_finds_what_changed(site):
     data = report_of(night(site, "--fresh", "--seed", 11, "--visits", 3))
     assert data["images_taken"] == data["verified_base"] == data["verified_archive"] == 3
     assert data["lost"] == 0
-    assert data["processed"] == 3 * DETECTORS
+    assert data["processed"] == 3 * DETECTORS, data["outcomes"]
     assert data["alerts"] > 0
     assert data["n_truth"] >= 10
     assert data["completeness"] >= 0.85  # a few dozen sources: the demonstration itself must reach 0.9
@@ -77,5 +77,5 @@ def test_every_service_may_be_killed_once(site):
     assert all("killed" in fault for fault in data["faults"])
     assert data["lost"] == 0
     assert data["images_taken"] == data["verified_base"] == data["verified_archive"] >= 3 + 4
-    assert data["processed"] == data["images_taken"] * DETECTORS
+    assert data["processed"] == data["images_taken"] * DETECTORS, data["outcomes"]
     assert running_below(site) == []
