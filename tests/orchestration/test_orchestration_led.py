@@ -38,7 +38,6 @@ class Led:
     def said(self, processing, settings="{}", epoch=None):
         fields = {"processing": processing, "settings": settings, "epoch": epoch or self.epoch}
         self.bus.publish("AlertProductionCluster.detailedState", fields)
-        self.service._leader._next = 0.0
 
     def visit(self, group):
         fields = {

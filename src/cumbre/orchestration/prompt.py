@@ -281,12 +281,15 @@ class PromptService:
             return False
         if self.state.knows(unit):
             return True
+        self._leader.look()
         if self._leader.is_enabled and self._leader.mode_processes:
             if self.manager.dispatcher.is_behind and not is_sampled(unit, self.settings.overload.sampling):
                 log.warning("%s left out: the workers are behind", unit)
                 self.state.leave_out(unit, now_tai)
             return True
         self._declined[unit] = now_tai
+        why = f"in mode {self._leader.mode!r}" if self._leader.is_enabled else "while it is not enabled"
+        log.info("%s not taken up: the Alert Production Cluster processes nothing %s", unit, why)
         if len(self._declined) > 10_000:
             self._declined = {g: t for g, t in self._declined.items() if now_tai - t < EXPIRY_S}
         return False
@@ -315,6 +318,7 @@ class PromptService:
         fields = message.fields
         match message.topic:
             case "ScriptQueue.nextVisit":
+                self._leader.look()
                 # in modes without visits nothing is prepared, nor declined: their images are taken up
                 if self._leader.settings.get("trigger", VISITS) == VISITS and self._takes(
                     fields["groupId"], now_tai

@@ -37,12 +37,16 @@ class Follower:
     def state(self) -> dict[str, Any] | None:
         """Fields of the last detailedState, looked up at most every 0.3 s; None when it never spoke."""
         if time.monotonic() >= self._next:
-            self._next = time.monotonic() + LOOK_S
-            last = self._bus.latest(self._topic)
-            # a former control system's late word does not count; its successor repeats its own
-            if last is not None and self._guard.accepts(last.fields):
-                self._state = last.fields
+            self.look()
         return self._state
+
+    def look(self) -> None:
+        """Read the state as it is now: what is decided for good is not decided on one that may be 0.3 s old."""
+        self._next = time.monotonic() + LOOK_S
+        last = self._bus.latest(self._topic)
+        # a former control system's late word does not count; its successor repeats its own
+        if last is not None and self._guard.accepts(last.fields):
+            self._state = last.fields
 
     @property
     def is_enabled(self) -> bool:
