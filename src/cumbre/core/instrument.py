@@ -137,6 +137,21 @@ class Detector(_Model):
         return self
 
 
+class ColourTerm(_Model):
+    """How a filter's band differs from the catalogue's: ``m = m_catalogue + term · (colour − pivot)``."""
+
+    bands: tuple[str, str]
+    """The colour: catalogue magnitude in the first band minus that in the second."""
+    term: Annotated[float, Field(ge=-3, le=3)] | None = None
+    """Magnitudes per magnitude of colour; absent: each image's stars are asked."""
+    error: Annotated[float, Field(ge=0)] = 0.0
+    """How well it is known; goes into the error of the zero point."""
+    pivot: float = 0.0
+    """Colour of the source that the zero point holds for; 0 is a flat spectrum in AB."""
+    range: tuple[float, float] = (-1.0, 3.0)
+    """Colours over which the relation is a straight line; other stars are left out."""
+
+
 class Filter(_Model):
     """One physical filter."""
 
@@ -147,6 +162,8 @@ class Filter(_Model):
     zero_point: float = 27.0
     """Approximate AB magnitude that gives one electron per second above the atmosphere."""
     wavelength_nm: tuple[float, float] = (300.0, 1100.0)
+    colour: ColourTerm | None = None
+    """Colour term of the photometric zero point; absent for none."""
 
 
 class HeaderField(_Model):

@@ -13,8 +13,8 @@ from cumbre.orchestration.prompt_jobs import process_of
 from cumbre.orchestration.prompt_state import DetectorImage, Process
 
 QUALITY_FIELDS = (
-    "band", "seeing", "zeroPoint", "skyLevel", "skyNoise", "nStars", "astrometricRms",
-    "templateCoverage", "maskedFraction", "psfEllipticity", "limitingMagnitude", "nSources", "durationS",
+    "band", "seeing", "zeroPoint", "zeroPointErr", "colourTerm", "colourTermErr", "skyLevel", "skyNoise", "nStars",
+    "astrometricRms", "templateCoverage", "maskedFraction", "psfEllipticity", "limitingMagnitude", "nSources", "durationS",
 )  # fmt: skip
 log = logging.getLogger(__name__)
 

@@ -497,6 +497,9 @@ def _quality(exposure: Exposure, result: DifferenceResult, context: SourceContex
     numbers = {
         "seeing": metrics.get("seeing_arcsec"),
         "zeroPoint": zero_point,
+        "zeroPointErr": exposure.zero_point_err,
+        "colourTerm": metrics.get("colour_term"),
+        "colourTermErr": metrics.get("colour_term_err"),
         "skyLevel": metrics.get("sky_electrons"),
         "skyNoise": metrics.get("sky_noise_electrons"),
         "nStars": metrics.get("n_stars"),

@@ -23,6 +23,7 @@ from cumbre.payloads.kernels.psf import PsfModel, fit_psf, select_psf_stars, win
 from cumbre.payloads.kernels.wcs import PlaneWcs, WcsFit, fit_wcs
 from cumbre.payloads.refcat import RefCat
 from cumbre.payloads.stars import Detections, background_and_sources
+from cumbre.payloads.zero_point import colour_of, measure_zero_point
 
 __all__ = ["CalibrateConfig", "RefCat", "calibrate", "solve_astrometry"]
 
@@ -55,6 +56,8 @@ class CalibrateConfig:
         Whether to look for them.
     min_matches
         Least number of matched reference stars.
+    colour_term
+        ``description``: that of the filter, if it has one; ``fit``: of the image's stars, beside the filter's; ``off``.
     """
 
     threshold: float = 6.0
@@ -62,6 +65,7 @@ class CalibrateConfig:
     wcs_order: int = 3
     cosmic_rays: bool = True
     min_matches: int = 6
+    colour_term: str = "description"
 
 
 def _psf(
@@ -298,30 +302,6 @@ def _grown(
     return fit, first, second
 
 
-def _zero_point(
-    flux: NDArray[np.float64], error: NDArray[np.float64], mag: NDArray[np.float64]
-) -> tuple[float, float, float, int]:
-    """Clipped median of reference − instrumental magnitude: value, its error, scatter, number of stars."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        good = np.isfinite(mag) & (flux > 0) & (flux > 10 * error)
-    if good.sum() < 3:
-        return float("nan"), float("nan"), float("nan"), int(good.sum())
-    value = mag[good] + 2.5 * np.log10(flux[good])
-    # equal weights beyond 2 %: reference catalogues have colour terms
-    weight = 1 / ((1.0857 * error[good] / flux[good]) ** 2 + 0.02**2)
-    used = np.ones(value.size, bool)
-    centre, sigma = float(np.median(value)), 0.0
-    for _ in range(5):
-        centre = float(np.median(value[used]))
-        sigma = 1.4826 * float(np.median(np.abs(value[used] - centre)))
-        keep = np.abs(value - centre) < max(3 * sigma, 0.005)
-        if keep.sum() < 3 or np.array_equal(keep, used):
-            break
-        used = keep
-    mean = float(np.sum(weight[used] * value[used]) / np.sum(weight[used]))
-    return mean, max(sigma, 1e-4) / float(np.sqrt(used.sum())), sigma, int(used.sum())
-
-
 def calibrate(
     exposure: Exposure,
     reference: RefCat | None,
@@ -506,21 +486,26 @@ def _astrometry(
     clean = ((stars["bits"][matched] & (MaskPlane.SAT | MaskPlane.CR)) == 0) & fit.used
     isolated = clean & stars["isolated"][matched]
     use = isolated if isolated.sum() >= 10 else clean
-    mags = reference.magnitude(band)[second[use]]
-    zero, error, scatter, count = _zero_point(
-        stars["flux"][matched][use], stars["flux_err"][matched][use], mags
+    chosen = second[use]
+    coloured = colour_of(
+        reference, instrument, str(meta.get("physical_filter", "")), band, config.colour_term
     )
-    result.zero_point, result.zero_point_err = zero, error
+    zero = measure_zero_point(
+        stars["flux"][matched][use], stars["flux_err"][matched][use], reference.magnitude(band)[chosen],
+        colour=None if coloured is None else coloured[1][chosen],
+        term=None if coloured is None else coloured[0], fit=config.colour_term == "fit",
+    )  # fmt: skip
+    result.zero_point, result.zero_point_err = zero.value, zero.error
     nx, ny = result.shape[1], result.shape[0]
     there = fit.wcs.pix2sky((nx - 1) / 2, (ny - 1) / 2)
     px, py = prediction.sky2pix(*there)
     offset = np.hypot(px - (nx - 1) / 2, py - (ny - 1) / 2) * prediction.pixel_scale_arcsec
     result.metrics.update(
         {
-            "n_matched": float(matched.size), "n_zero_point": float(count), "zero_point": zero,
-            "zero_point_err": error, "zero_point_rms": scatter,
+            "n_matched": float(matched.size),
             "astrometric_rms_arcsec": float(np.hypot(fit.rms_x_arcsec, fit.rms_y_arcsec) / np.sqrt(2)),
             "astrometric_rms_ra_arcsec": fit.rms_x_arcsec, "astrometric_rms_dec_arcsec": fit.rms_y_arcsec,
             "pointing_offset_arcsec": float(offset),
         }
+        | zero.metrics()
     )  # fmt: skip
