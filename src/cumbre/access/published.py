@@ -20,6 +20,7 @@ from cumbre.access.tables import Column, ForeignKey, Position, Schema, Table, Ta
 from cumbre.access.user import User
 from cumbre.catalogs.schema import Column as StoredColumn
 from cumbre.catalogs.schema import level1_tables
+from cumbre.core.time import leap_seconds
 from cumbre.stores.migrations import migrate
 from cumbre.stores.postgres import Database
 
@@ -74,7 +75,6 @@ PLAN_STEPS = (
     ALTER TABLE access.plan ALTER COLUMN plan_id SET NOT NULL, ADD PRIMARY KEY (plan_id), ADD UNIQUE (group_id);
     """,
 )
-_MJD = "({} / 86400.0 + 40587.0)"
 _POWER = "CASE WHEN em_max > em_min THEN (em_min + em_max) / (2 * (em_max - em_min)) END"
 _VOTABLE = {
     "long": ("long", None), "int": ("int", None), "float": ("float", None), "double": ("double", None),
@@ -185,6 +185,13 @@ def _standard_columns() -> dict[str, tuple[Column, ...]]:
     return out
 
 
+def mjd_utc(tai_s: str) -> str:
+    """SQL: the MJD in UTC, which the standards want, of TAI seconds in an expression."""
+    steps = reversed([step for step in leap_seconds() if step[0] > 0])
+    whens = " ".join(f"WHEN {tai_s} >= {start} THEN {offset}" for start, offset in steps)
+    return f"(({tai_s} - CASE {whens} ELSE 10 END) / 86400.0 + 40587.0)"
+
+
 @lru_cache(maxsize=1)
 def _views() -> tuple[_View, ...]:
     setting = "(SELECT value FROM access.setting WHERE name = '{}')".format
@@ -196,16 +203,16 @@ def _views() -> tuple[_View, ...]:
         'application/x-votable+xml;content=datalink'::text AS access_format,
         (byte_size + 1023) / 1024 AS access_estsize, nullif(target, '') AS target_name, ra AS s_ra, "dec" AS s_dec,
         fov_deg AS s_fov, region AS s_region, NULL::float8 AS s_resolution, nx::bigint AS s_xel1, ny::bigint AS s_xel2,
-        {_MJD.format("begin_tai")} AS t_min, {_MJD.format("end_tai")} AS t_max, exposure_s AS t_exptime,
+        {mjd_utc("begin_tai")} AS t_min, {mjd_utc("end_tai")} AS t_max, exposure_s AS t_exptime,
         exposure_s AS t_resolution, 1::bigint AS t_xel, em_min, em_max, {_POWER} AS em_res_power, 1::bigint AS em_xel,
         'phot.count'::text AS o_ucd, NULL::text AS pol_states, NULL::bigint AS pol_xel,
         {setting("observatory")} AS facility_name, instrument AS instrument_name, product AS dataproduct_subtype,
         pixel_arcsec AS s_pixel_scale, hpx29 FROM access.image WHERE image_type = 'OBJECT'"""  # noqa: S608 (ours)
-    obsplan = f"""SELECT {_MJD.format("p.announced_tai")} AS t_planning, nullif(p.survey, '') AS target_name,
+    obsplan = f"""SELECT {mjd_utc("p.announced_tai")} AS t_planning, nullif(p.survey, '') AS target_name,
         p.plan_id AS obs_id, p.instrument AS obs_collection, p.ra AS s_ra, p."dec" AS s_dec, p.fov_deg AS s_fov,
         p.region AS s_region, NULL::float8 AS s_resolution,
-        {_MJD.format("coalesce(i.begin_tai, p.start_tai)")} AS t_min,
-        {_MJD.format("coalesce(i.end_tai, p.start_tai + p.duration_s)")} AS t_max,
+        {mjd_utc("coalesce(i.begin_tai, p.start_tai)")} AS t_min,
+        {mjd_utc("coalesce(i.end_tai, p.start_tai + p.duration_s)")} AS t_max,
         coalesce(i.exposure_s, p.duration_s) AS t_exptime, coalesce(i.exposure_s, p.duration_s) AS t_resolution,
         p.em_min, p.em_max, {_POWER} AS em_res_power, 'phot.count'::text AS o_ucd, NULL::text AS pol_states,
         NULL::int AS pol_xel, {setting("observatory")} AS facility_name, p.instrument AS instrument_name,

@@ -31,6 +31,11 @@ def _leap_table() -> tuple[list[float], list[float]]:
     return starts, [float(row["tai_utc"]) for row in table]
 
 
+def leap_seconds() -> list[tuple[float, float]]:
+    """Pairs of TAI seconds and the TAI−UTC that holds from then on, the oldest first."""
+    return [(start + offset, offset) for start, offset in zip(*_leap_table(), strict=True)]
+
+
 def tai_minus_utc(utc_s: float) -> float:
     """TAI−UTC in seconds at a UTC unix time (37 since 2017)."""
     starts, offsets = _leap_table()

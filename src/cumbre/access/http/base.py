@@ -278,15 +278,37 @@ def xml_attribute(value: object) -> str:
     return quoteattr(_NOT_XML.sub("\ufffd", str(value)))
 
 
-def votable_error(error: CumbreError, version: str = "1.4") -> Response:
-    """An error as a VOTable document."""
-    text = (
+def votable_error(error: CumbreError, version: str = "1.4", text: str | None = None) -> Response:
+    """An error as a VOTable document; ``text`` instead of its own."""
+    document = (
         '<?xml version="1.0" encoding="UTF-8"?>\n'
         f'<VOTABLE version="{version}" xmlns="http://www.ivoa.net/xml/VOTable/v1.3">\n<RESOURCE type="results">\n'
-        f'<INFO name="QUERY_STATUS" value="ERROR">{xml_text(error)}</INFO>\n'
+        f'<INFO name="QUERY_STATUS" value="ERROR">{xml_text(error if text is None else text)}</INFO>\n'
         f'<INFO name="ERROR_KIND" value={xml_attribute(error.outcome)}/>\n</RESOURCE>\n</VOTABLE>\n'
     )
-    return Response(text, status_of(error), error_headers(error), VOTABLE_MIME)
+    return Response(document, status_of(error), error_headers(error), VOTABLE_MIME)
+
+
+def fault_line(error: CumbreError) -> str:
+    """An error's text with the word before it that SIA and DataLink want."""
+    status = status_of(error)
+    if isinstance(error, NotFoundError):
+        return f"NotFoundFault: {error}"
+    if status in (429, 503):
+        return f"TransientFault: {error}"
+    if status in (401, 403):
+        return f"DefaultFault: {error}"
+    return f"{'FatalFault' if status >= 500 else 'UsageFault'}: {error}"
+
+
+def fault_error(error: CumbreError) -> Response:
+    """An error as a VOTable whose text begins with the word for it."""
+    return votable_error(error, text=fault_line(error))
+
+
+def fault_text(error: CumbreError) -> Response:
+    """The same as a line of text."""
+    return PlainTextResponse(f"{fault_line(error)}\n", status_of(error), error_headers(error))
 
 
 _DALI_WORDS = {401: "AuthenticationError", 403: "AuthorizationError", 503: "ServiceUnavailable", 500: "Error"}

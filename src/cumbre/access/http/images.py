@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from urllib.parse import quote
@@ -35,7 +35,7 @@ from cumbre.access.images.source import is_remote, place_of
 from cumbre.access.uws import Job, JobResult, JobStore
 from cumbre.access.uws_runner import JobContext
 from cumbre.core.errors import NotFoundError, UserError
-from cumbre.core.time import mjd_from_seconds
+from cumbre.core.time import mjd_from_seconds, utc_from_tai
 from cumbre.stores.files import write_atomic
 
 SERVICE = "soda"
@@ -85,6 +85,14 @@ class Wish:
     planes: tuple[str, ...]
     mime: str
     combine: str = ""
+
+    def each_interval(self) -> list[Wish]:
+        """The same with one TIME and one BAND each: every combination is a result of its own."""
+        times, bands = self.time or (None,), self.band or (None,)
+        return [
+            replace(self, time=(time,) if time else (), band=(band,) if band else ())
+            for time, band in product(times, bands)
+        ]
 
 
 @dataclass(frozen=True)
@@ -177,10 +185,11 @@ class Images:
         shapes: list[Shape | None] = [circle(text) for text in parameters.values("CIRCLE")]
         shapes += [polygon(text) for text in parameters.values("POLYGON")]
         shapes += [pos(text) for text in parameters.values("POS")]
-        count = len(identifiers) * max(len(shapes), 1)
+        intervals = [max(len(parameters.values(name)), 1) for name in ("TIME", "BAND")]
+        count = len(identifiers) * max(len(shapes), 1) * math.prod(intervals)
         if count > most:
             raise MultiValuedError(
-                f"{count} combinations of ID and region: at most {most} are cut here; send more of them as an "
+                f"{count} combinations of ID, region, TIME and BAND: at most {most} are cut here; send more of them as an "
                 "asynchronous job, or in several"
             )
         wanted = parameters.value("RESPONSEFORMAT") or parameters.value("FORMAT") or FITS_MIME
@@ -240,8 +249,10 @@ class Images:
             One product alone has too many pixels.
         """
         if not wish.combine:
-            for image_id, shape in product(wish.identifiers, wish.shapes):
-                yield image_id, self.cutout(images[image_id], shape, wish)
+            for image_id, (shape, one) in product(
+                wish.identifiers, product(wish.shapes, wish.each_interval())
+            ):
+                yield image_id, self.cutout(images[image_id], shape, one)
             return
         for shape in wish.shapes:
             groups: dict[str, list[Image]] = {}
@@ -279,7 +290,7 @@ class Images:
 
     def cutout(self, image: Image, shape: Shape | None, wish: Wish) -> Cutout | None:
         """One cutout; None when image and wish share nothing."""
-        if wish.polarization or not _touches(wish.time, image.begin_tai, image.end_tai, mjd_from_seconds):
+        if wish.polarization or not _touches(wish.time, image.begin_tai, image.end_tai, _mjd_utc):
             return None
         if not _touches(wish.band, image.em_min, image.em_max, float):
             return None
@@ -351,9 +362,15 @@ class Images:
         most = MAX_LINKS if maxrec is None else min(maxrec, MAX_LINKS)
         taken = list(dict.fromkeys(identifiers))
         images = await in_pool(self.pool, self.find_many, [self.image_id(t) for t in taken], who)
-        rows = [row for text in taken for row in self._rows(text, images, request, who)]
-        overflow = len(rows) > most
-        document = links_document(rows[:most], base_url(request, "soda"), overflow=overflow)
+        rows: list[dict[str, object]] = []
+        overflow = False
+        for text in taken:
+            more = self._rows(text, images, request, who)
+            overflow = len(rows) + len(more) > most
+            if overflow:  # the links of one image are never parted
+                break
+            rows += more
+        document = links_document(rows, base_url(request, "soda"), overflow=overflow)
         return Response(document, media_type=LINKS_MIME)
 
     def _rows(
@@ -395,6 +412,10 @@ class Images:
                 "description": f"{made.partition('/')[0]} image, made again as it was processed",
             })  # fmt: skip
         return rows
+
+
+def _mjd_utc(tai_s: float) -> float:
+    return mjd_from_seconds(utc_from_tai(tai_s))
 
 
 def _not_here(image: Image) -> str:

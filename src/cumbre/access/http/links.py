@@ -74,10 +74,12 @@ def _descriptor(soda_url: str, service: str, example: str) -> list[str]:
     return ServiceDescriptor(
         service, "cutout", "Part of an image", url,
         (
-            Input("ID", ucd="meta.id;meta.dataset", ref="links_id"),
-            Input("CIRCLE", "double", "3", "circle", "phys.angArea;obs", "deg", "Longitude, latitude, radius (ICRS)"),
-            Input("POLYGON", "double", "*", "polygon", "phys.angArea;obs", "deg", "Corners (ICRS)"),
-            Input("POS", ucd="phys.angArea;obs", description="CIRCLE, RANGE or POLYGON and numbers"),
+            Input("ID", ucd="meta.ref.url;meta.curation", ref="links_id"),
+            Input("CIRCLE", "double", "3", "circle", "pos.outline;obs", "deg", "Longitude, latitude, radius (ICRS)"),
+            Input("POLYGON", "double", "*", "polygon", "pos.outline;obs", "deg", "Corners (ICRS)"),
+            Input("POS", ucd="pos.outline;obs", description="CIRCLE, RANGE or POLYGON and numbers"),
+            Input("BAND", "double", "2", "interval", "em.wl;stat.interval", "m", "Only images that touch it"),
+            Input("TIME", "double", "2", "interval", "time.interval;obs.exposure", "d", "MJD (UTC) that they touch"),
             Input("RESPONSEFORMAT", ucd="meta.code.mime", description="application/fits or image/png"),
             Input("CUTOUTDETAIL", ucd="meta.code", description="Image, MaskedImage or Exposure"),
             Input("COMBINE", ucd="meta.code", description="MOSAIC of a visit's detectors, STACK of epochs"),

@@ -23,6 +23,7 @@ from cumbre.access.http.base import (
     Handler,
     base_url,
     dali_error,
+    fault_error,
     in_pool,
     read_parameters,
     votable_error,
@@ -214,10 +215,10 @@ class AccessService:
         )
         soda_async = vosi.Service("ivo://ivoa.net/std/SODA#async-1.0", "async", "1.0")
         out = [
-            route("/sia/query", Sia(self.tap).query, ["GET", "POST"], votable_error),
+            route("/sia/query", Sia(self.tap).query, ["GET", "POST"], fault_error),
             route("/soda/sync", face.cut, ["GET", "POST"]),
             *jobs.routes(),
-            route("/datalink/links", face.links, ["GET", "POST"]),
+            route("/datalink/links", face.links, ["GET", "POST"], fault_error),
             route("/files/{image:path}", face.file, ["GET"]),
             route("/hips/hipslist", self.hips.listing, ["GET"]),
             route("/hipslist", self.hips.listing, ["GET"]),

@@ -9,16 +9,24 @@ from dataclasses import dataclass
 from starlette.requests import Request
 from starlette.responses import Response
 
-from cumbre.access.http.base import VOTABLE_MIME, Parameters, UsageError, base_url, read_parameters
+from cumbre.access.http.base import (
+    VOTABLE_MIME,
+    Parameters,
+    UsageError,
+    base_url,
+    fault_text,
+    read_parameters,
+)
 from cumbre.access.http.tap import Question, Tap
-from cumbre.access.identity import Principal
-from cumbre.access.images.shapes import pos
+from cumbre.access.identity import AuthorizationError, Principal
+from cumbre.access.images.shapes import Range, pos
 from cumbre.access.results import find_format
 from cumbre.access.results.services import Input, ServiceDescriptor
-from cumbre.core.errors import UserError
+from cumbre.core.errors import CumbreError, UserError
 
 MAX_VALUES = 200
 MAXREC = 60_000
+_TEXT_FORMATS = ("csv", "tsv", "text/csv", "text/tab-separated-values")
 _INTERVALS = {
     # parameter: columns of the lower and the upper end
     "BAND": ("em_min", "em_max"),
@@ -40,9 +48,9 @@ _TEXTS = {
 }
 PARAMETERS = ("POS", *_INTERVALS, "POL", *_TEXTS, "CALIB")
 _MEANING = {
-    "POS": ("phys.angArea;obs", "deg", "CIRCLE, RANGE or POLYGON and numbers (ICRS)"),
+    "POS": ("pos.outline;obs", "", "CIRCLE, RANGE or POLYGON and numbers (ICRS)"),
     "BAND": ("em.wl;stat.interval", "m", "Wavelength, or interval"),
-    "TIME": ("time;stat.interval;obs.exposure", "d", "MJD, or interval"),
+    "TIME": ("time;stat.interval;obs.exposure", "d", "MJD (UTC), or interval"),
     "POL": ("meta.code;phys.polarization", "", "Polarization state"),
     "FOV": ("phys.angSize;instr.fov", "deg", "Size of the field, interval"),
     "SPATRES": ("pos.angResolution", "arcsec", "Angular resolution, interval"),
@@ -91,6 +99,12 @@ def _text(name: str, text: str) -> str:
     return f"{_TEXTS[name]} = '{quoted}'"
 
 
+def _identifier(name: str, text: str) -> str:
+    """Identifiers of the Virtual Observatory are the same in capital and small letters."""
+    quoted = text.lower().replace("'", "''")
+    return f"LOWER({_TEXTS[name]}) = '{quoted}'"
+
+
 def _polarization(name: str, text: str) -> str:
     if text.upper() not in _STATES:
         raise UsageError(f"{name} = {text[:40]!r}: expected one of {', '.join(sorted(_STATES))}")
@@ -105,12 +119,17 @@ def _calib(name: str, text: str) -> str:
 
 def _pos(name: str, text: str) -> str:
     del name
-    return f"1 = INTERSECTS(s_region, {pos(text).adql()})"
+    shape = pos(text)
+    if isinstance(shape, Range) and shape.is_everything():
+        return "s_region IS NOT NULL"
+    parts = shape.pieces() if isinstance(shape, Range) else [shape]
+    return " OR ".join(f"1 = INTERSECTS(s_region, {part.adql()})" for part in parts)
 
 
 _TERMS: dict[str, Callable[[str, str], str]] = {"POS": _pos, "POL": _polarization, "CALIB": _calib}
 _TERMS.update(dict.fromkeys(_INTERVALS, _interval))
 _TERMS.update(dict.fromkeys(_TEXTS, _text))
+_TERMS["ID"] = _identifier
 
 
 def sia_adql(parameters: Parameters) -> str:
@@ -140,8 +159,19 @@ class Sia:
     tap: Tap
 
     async def query(self, request: Request, who: Principal) -> Response:
-        """``/sia/query``."""
+        """``/sia/query``; errors are text when text was asked for."""
         parameters = await read_parameters(request)
+        try:
+            return await self._search(request, parameters, who)
+        except AuthorizationError:
+            raise
+        except CumbreError as error:
+            wanted = (parameters.values("RESPONSEFORMAT") or [""])[0].lower()
+            if wanted.startswith(_TEXT_FORMATS):
+                return fault_text(error)
+            raise
+
+    async def _search(self, request: Request, parameters: Parameters, who: Principal) -> Response:
         wanted = parameters.value("RESPONSEFORMAT") or "votable/td"
         maxrec = parameters.integer("MAXREC")
         try:
@@ -151,16 +181,16 @@ class Sia:
         question = Question(
             adql, find_format(wanted), "1.4", MAXREC if maxrec is None else min(maxrec, MAXREC)
         )
-        services = [description(base_url(request, "sia"))] if maxrec == 0 else []
+        services = [description(base_url(request, "sia"))]
         return await self.tap.answer(request, question, who, services=services)
 
 
 def description(base: str) -> ServiceDescriptor:
-    """The parameters, for programs that ask with ``MAXREC=0``."""
+    """The parameters, for programs; it is in every answer."""
     inputs = [
         Input(name, ucd=ucd, unit=unit, description=text) for name, (ucd, unit, text) in _MEANING.items()
     ]
     return ServiceDescriptor(
-        "this", "images", "Search of images: values of one parameter are alternatives, all parameters must hold",
+        "this", "this", "Search of images: values of one parameter are alternatives, all parameters must hold",
         f"{base}/query", tuple(inputs), "ivo://ivoa.net/std/SIA#query-2.0", VOTABLE_MIME, f"{base}/query?MAXREC=1",
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from cumbre.core.errors import UserError
 
 Floats = NDArray[np.float64]
 _EDGE_POINTS = 64
+_THIN_DEG = 1e-6
 
 
 class ShapeError(UserError):
@@ -132,19 +134,29 @@ class Range:
         ra0, ra1, dec0, dec1 = self._bounds()
         return (ra0 + ra1) / 2 % 360, (dec0 + dec1) / 2
 
-    def adql(self) -> str:
-        """As a condition on columns s_ra and s_dec cannot say what overlaps: the range as a polygon.
-
-        Raises
-        ------
-        ShapeError
-            It is wider than a polygon can be.
-        """
+    def is_everything(self) -> bool:
+        """Whether it is the whole sky."""
         ra0, ra1, dec0, dec1 = self._bounds()
-        if ra1 - ra0 > 60 or dec1 - dec0 > 60:
-            raise ShapeError("a RANGE wider than 60 degrees cannot be searched; use several smaller ones")
+        return ra1 - ra0 >= 360 and dec0 <= -90 and dec1 >= 90
+
+    def pieces(self) -> list[Range]:
+        """The same range in parts that a polygon can be."""
+        ra0, ra1, dec0, dec1 = self._bounds()
+        columns, rows = max(math.ceil((ra1 - ra0) / 60), 1), max(math.ceil((dec1 - dec0) / 60), 1)
+        across = [ra0 + (ra1 - ra0) * i / columns for i in range(columns + 1)]
+        up = [dec0 + (dec1 - dec0) * i / rows for i in range(rows + 1)]
+        return [Range(a, b, low, high) for a, b in pairwise(across) for low, high in pairwise(up)]
+
+    def adql(self) -> str:
+        """As a polygon, for regions that overlap it; see :meth:`pieces` for ranges wider than 60 degrees."""
+        ra0, ra1, dec0, dec1 = self._bounds()
+        # a line or a point becomes as wide as a polygon must be
+        if ra1 - ra0 < _THIN_DEG:
+            ra0, ra1 = ra0 - _THIN_DEG, ra1 + _THIN_DEG
+        if dec1 - dec0 < _THIN_DEG:
+            dec0, dec1 = dec0 - _THIN_DEG, dec1 + _THIN_DEG
         # parallels are no great circles: steps of a degree follow them
-        steps = max(int(ra1 - ra0), 1)
+        steps = max(math.ceil(ra1 - ra0), 1)
         ra = [ra0 + (ra1 - ra0) * i / steps for i in range(steps + 1)]
         corners = [(a, dec0) for a in ra] + [(a, dec1) for a in ra[::-1]]
         return (
