@@ -156,3 +156,28 @@ def test_the_connection_may_only_read(database: Database) -> None:
     with pytest.raises(CumbreError, match="read-only"):
         list(reader.read("SELECT nextval('counter') AS a", pa.schema([("a", pa.int64())])))
     assert place.rows("SELECT COUNT(*) FROM stars") == [(4000,)]
+
+
+def test_an_instance_is_kept_as_it_is_until_other_limits_come(tmp_path) -> None:
+    from cumbre.access.engines.duck import Instances
+
+    instances = Instances(tmp_path, 1)
+
+    def with_memory(megabytes: int) -> Watch:
+        return Watch(Limits(memory_mb=megabytes), threading.Event())
+
+    def memory_of(link) -> str:
+        return link.execute("SELECT current_setting('memory_limit')").fetchone()[0]
+
+    small, large = instances.take(with_memory(100)), instances.take(with_memory(800))
+    assert (memory_of(small), memory_of(large)) == ("95.3 MiB", "762.9 MiB")
+    small.execute("SET memory_limit = '123MiB'")  # a mark: it would be gone were the limit set again
+    instances.give_back(small)
+    instances.give_back(large)
+    again = instances.take(with_memory(100))
+    assert memory_of(again) == "123.0 MiB"
+    instances.give_back(again)
+    other = instances.take(with_memory(400))
+    assert memory_of(other) == "381.4 MiB"
+    instances.drop(other)
+    assert memory_of(instances.take(with_memory(400))) == "381.4 MiB"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import socket
 import subprocess
 
 import httpx
@@ -143,3 +145,15 @@ def test_a_browser_shows_the_page(url, tmp_path):
     )  # fmt: skip
     assert "<h1>Tonight</h1>" in result.stdout
     assert OBS_ID in result.stdout
+
+
+def test_answers_do_not_wait_for_acknowledgements(url, client):
+    assert client.get("/").status_code == 200  # the connection stays open
+    port = int(url.rsplit(":", 1)[1].strip("/"))
+    ours = [
+        item
+        for item in gc.get_objects()
+        if type(item) is socket.socket and item.fileno() >= 0 and item.getsockname()[1:2] == (port,)
+    ]
+    assert len(ours) >= 2  # one listens, one is the client's
+    assert all(item.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for item in ours)

@@ -202,6 +202,9 @@ class WebService:
                 application = guard(application, [route.path for route in routes])
         host, port = site.config.web.host, site.config.web.port
         self._socket = socket.create_server((host, port), backlog=128)
+        # connections get it from here (asyncio does not set it for such a socket): without it the body of an answer on
+        # a connection that is kept waits up to 40 ms for the client to acknowledge the header
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._server = uvicorn.Server(
             uvicorn.Config(application, log_level="warning", lifespan="off", timeout_graceful_shutdown=1)
         )

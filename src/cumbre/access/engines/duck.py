@@ -31,16 +31,23 @@ class Instances:
         self._scratch = scratch
         self._threads = threads
         self._idle: list[duckdb.DuckDBPyConnection] = []
+        self._limits: dict[int, tuple[int, int]] = {}
         self._lock = threading.Lock()
 
     def take(self, watch: Watch) -> duckdb.DuckDBPyConnection:
         """An instance with the limits of a query."""
+        wanted = max(watch.limits.memory_mb, 64), max(watch.limits.bytes >> 20, 64)
         with self._lock:
-            link = self._idle.pop() if self._idle else None
+            fits = [number for number, link in enumerate(self._idle) if self._limits.get(id(link)) == wanted]
+            link = self._idle.pop(fits[-1] if fits else -1) if self._idle else None
         if link is None:
             link = self._make()
-        link.execute(f"SET memory_limit = '{max(watch.limits.memory_mb, 64)}MB'")
-        link.execute(f"SET max_temp_directory_size = '{max(watch.limits.bytes >> 20, 64)}MB'")
+        if self._limits.get(id(link)) != wanted:
+            # only then: DuckDB lets go of the memory that it keeps, and the next query has to get it anew
+            link.execute(f"SET memory_limit = '{wanted[0]}MB'")
+            link.execute(f"SET max_temp_directory_size = '{wanted[1]}MB'")
+            with self._lock:
+                self._limits[id(link)] = wanted
         return link
 
     def give_back(self, link: duckdb.DuckDBPyConnection) -> None:
@@ -49,6 +56,12 @@ class Instances:
             if len(self._idle) < _KEPT:
                 self._idle.append(link)
                 return
+        self.drop(link)
+
+    def drop(self, link: duckdb.DuckDBPyConnection) -> None:
+        """Close one that cannot be used again."""
+        with self._lock:
+            self._limits.pop(id(link), None)
         link.close()
 
     def _make(self) -> duckdb.DuckDBPyConnection:
@@ -204,7 +217,7 @@ class _Running:
                 else:
                     link.execute(f"DROP TABLE IF EXISTS {name}")
         except duckdb.Error:
-            link.close()
+            self._instances.drop(link)
         else:
             self._instances.give_back(link)
 
