@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cumbre.access.limits import Limits
 from cumbre.access.published import site_tables
-from cumbre.access.tables import Schema, Table
+from cumbre.access.tables import CURVE_UTYPE, CurveColumns, Schema, Table
 from cumbre.access.user import ANYBODY, User
 from cumbre.core.errors import BadFileError, CumbreError
 from cumbre.core.time import Clock, day_obs_from_tai
@@ -29,6 +29,9 @@ FOLDER = "archive/snapshots"
 MANIFEST = "manifest.json"
 TABLES = ("DiaForcedSource", "DiaSource", "DiaObject")
 """In the order in which they are read."""
+_CURVE = ("diaObjectId", "midpointMjdTai", "band", "psfFlux", "psfFluxErr")
+CURVES = {"DiaSource": CurveColumns(*_CURVE, "detection"), "DiaForcedSource": CurveColumns(*_CURVE, "forced")}
+"""Tables whose rows are points of light curves."""
 KEPT = 7
 ROW_GROUP = 100_000
 QUIET_S = 1800.0
@@ -117,29 +120,9 @@ class Snapshots:
         return read_manifest(target / MANIFEST)
 
     def _table(self, name: str, folder: Path) -> SnapshotTable:
-        """All public rows of a table, along the sky where it has a place there."""
-        import pyarrow.parquet as pq
-
-        from cumbre.access.engines import Engines
-        from cumbre.access.query import run
-
-        live = site_tables()
-        table = live.find("level1", name)
-        order = table.position.pixel if table.position and table.position.pixel else table.columns[0].name
         path = folder / f"{name}.parquet"
-        with (
-            run(
-                f'SELECT * FROM level1."{name}" ORDER BY "{order}"',  # noqa: S608 (ADQL of our own names)
-                tables=live,
-                engines=Engines(self._db),
-                limits=_LIMITS,
-            ) as result,
-            pq.ParquetWriter(path, result.schema, compression="zstd", compression_level=1) as writer,
-        ):
-            for rows in _grouped(result.batches(), result.schema):
-                writer.write_table(rows, row_group_size=ROW_GROUP)
-            count = result.rows
-        return SnapshotTable(name, count, path.stat().st_size, sha256_of(path))  # fmt: skip
+        count = write_public(self._db, name, path)
+        return SnapshotTable(name, count, path.stat().st_size, sha256_of(path))
 
     # what the query service sees
 
@@ -152,9 +135,16 @@ class Snapshots:
                 for part in snapshot.tables:
                     table = live[part.name]
                     path = self._folder / str(snapshot.day_obs) / f"{part.name}.parquet"
-                    columns = tuple(replace(c, sql_name="", storage="", indexed=False) for c in table.columns)
+                    mark = f"{CURVE_UTYPE}{snapshot.schema}"
+                    columns = tuple(
+                        replace(
+                            c, sql_name="", storage="", indexed=False, utype=mark if c.name == _CURVE[0] else c.utype
+                        )
+                        for c in table.columns
+                    )  # fmt: skip
                     yield replace(
                         table, schema=schema, engine="parquet", source=str(path), rows=part.rows, columns=columns,
+                        curve=CURVES.get(part.name),
                         description=f"{table.description} As it was public on {snapshot.day_obs}.",
                     )  # fmt: skip
 
@@ -163,6 +153,42 @@ class Snapshots:
         found = self.all()
         newest = [Schema("snapshot", f"The newest snapshot of Level 1: {found[0].schema}.")] if found else []
         return newest + [Schema(s.schema, f"Level 1 as it was public on {s.day_obs}.") for s in found]
+
+
+def write_public(db: Database, name: str, path: Path, columns: Sequence[str] = ()) -> int:
+    """All public rows of a table of Level 1 in a Parquet file, along the sky where it has a place there.
+
+    Parameters
+    ----------
+    columns
+        Only these; all without any.
+
+    Returns
+    -------
+    int
+        How many rows.
+    """
+    import pyarrow.parquet as pq
+
+    from cumbre.access.engines import Engines
+    from cumbre.access.query import run
+
+    live = site_tables()
+    table = live.find("level1", name)
+    order = table.position.pixel if table.position and table.position.pixel else table.columns[0].name
+    chosen = ", ".join(f'"{column}"' for column in columns) or "*"
+    with (
+        run(
+            f'SELECT {chosen} FROM level1."{name}" ORDER BY "{order}"',  # noqa: S608 (ADQL of our own names)
+            tables=live,
+            engines=Engines(db),
+            limits=_LIMITS,
+        ) as result,
+        pq.ParquetWriter(path, result.schema, compression="zstd", compression_level=1) as writer,
+    ):
+        for rows in _grouped(result.batches(), result.schema):
+            writer.write_table(rows, row_group_size=ROW_GROUP)
+        return result.rows
 
 
 def _grouped(batches: Iterator[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.Table]:

@@ -13,6 +13,9 @@ from cumbre.core.errors import NotFoundError
 if TYPE_CHECKING:
     import pyarrow as pa
 
+CURVE_UTYPE = "cumbre:light_curve."
+"""Begin of the utype of columns whose values have light curves; the release follows."""
+
 type EngineName = Literal["postgres", "parquet", "arrow"]
 type Source = str | pa.Table | Callable[[User], pa.Table]
 
@@ -67,6 +70,29 @@ class Position:
 
 
 @dataclass(frozen=True, slots=True)
+class CurveColumns:
+    """Names of the columns of a table whose rows are points of light curves.
+
+    Attributes
+    ----------
+    object, time, band, flux, flux_error
+        Whose point it is, when (MJD), in which band, how bright. ``time`` and ``band`` may be columns of the table
+        ``visits`` that is joined by the column ``visit`` of both.
+    kind
+        What a row is: ``detection`` or ``forced``.
+    """
+
+    object: str
+    time: str
+    band: str
+    flux: str
+    flux_error: str
+    kind: str
+    visits: str = ""
+    visit: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Table:
     """A published table.
 
@@ -83,6 +109,8 @@ class Table:
         True for everybody, else the name of the group (or ``user:NAME``) that may read it.
     rows
         About how many rows it has, None when unknown.
+    curve
+        Set where the rows are points of light curves.
     """
 
     schema: str
@@ -95,6 +123,7 @@ class Table:
     public: bool | str = True
     utype: str = ""
     rows: int | None = None
+    curve: CurveColumns | None = None
 
     @property
     def full_name(self) -> str:

@@ -14,6 +14,7 @@ from cumbre.site.roles import site_database
 
 if TYPE_CHECKING:
     from cumbre.core.configuration import Site
+    from cumbre.stores.postgres import Database
 
 TEMPLATES = "archive/templates/index.json"
 _COLUMNS = [
@@ -36,6 +37,12 @@ _COLUMNS = [
     ("extendedness", "double", "", "src.class.starGalaxy", "0 as the PSF, 1 wider than it."),
     ("saturated", "boolean", "", "meta.code", "Its middle is saturated in every exposure."),
 ]
+_LEVEL1 = (
+    ("DiaObject", "diaObjectId", True),
+    ("DiaSource", "diaSourceId", True),
+    ("DiaForcedSource", "diaForcedSourceId", False),
+)
+"""Tables of Level 1 in a release, their keys, and whether they have a place on the sky."""
 _VISITS = [
     ("visit", "long", "", "meta.id;meta.main", "Exposure id."),
     ("obsId", "string", "", "meta.id", "Name of the exposure."),
@@ -48,7 +55,10 @@ _VISITS = [
 
 
 def make_release(site: Site, out: Path, name: str, *, progress: Callable[[int, int], None]) -> dict[str, int]:
-    """Write the folder that ``cumbre release load`` takes: ``release.yaml``, ``Object.parquet``, ``Visit.parquet``.
+    """Write the folder that ``cumbre release load`` takes: ``release.yaml`` and a Parquet file for each table.
+
+    ``Object`` and ``Visit``, and of Level 1, as it is public now, ``DiaObject``, ``DiaSource`` and ``DiaForcedSource``
+    with the light curves.
 
     Parameters
     ----------
@@ -85,6 +95,7 @@ def make_release(site: Site, out: Path, name: str, *, progress: Callable[[int, i
         pq.write_table(pa.table(content), sink)
         write_atomic(out / f"{table}.parquet", sink.getvalue().to_pybytes())
         rows[table] = len(next(iter(content.values())))
+    rows |= write_level1(site_database(site), out)
     text = yaml.safe_dump(_description(site, name), sort_keys=False, allow_unicode=True, width=120)
     write_atomic(out / "release.yaml", text.encode())
     return rows
@@ -163,5 +174,53 @@ def _description(site: Site, name: str) -> dict[str, Any]:
         "tables": [
             table("Object", "Objects of the coadds, each once in a band.", _COLUMNS, "objectId"),
             table("Visit", "Visits of the archive.", _VISITS, "visit"),
+            *level1_descriptions(),
         ],
     }
+
+
+def write_level1(db: Database, out: Path) -> dict[str, int]:
+    """Public rows of Level 1, sources before objects so that each finds its own; rows of each table."""
+    from cumbre.access.snapshots import TABLES, write_public
+
+    return {name: write_public(db, name, out / f"{name}.parquet", _level1_columns(name)) for name in TABLES}
+
+
+def _level1_columns(name: str) -> list[str]:
+    """Columns that a release takes: no times of the database, no pixel, which the loader makes itself."""
+    from cumbre.access.published import site_tables
+    from cumbre.access.releases.description import PIXEL
+
+    table = site_tables().find("level1", name)
+    return [c.name for c in table.columns if c.xtype != "timestamp" and c.name.lower() != PIXEL]
+
+
+def level1_descriptions() -> list[dict[str, Any]]:
+    """What a release says of the tables of Level 1."""
+    from cumbre.access.published import site_tables
+    from cumbre.access.snapshots import CURVES
+
+    described = []
+    for name, key, placed in _LEVEL1:
+        table = site_tables().find("level1", name)
+        columns = []
+        for wanted in _level1_columns(name):
+            column = table.column(wanted)
+            assert column is not None
+            required = wanted == key or (placed and wanted in ("ra", "dec"))
+            columns.append(
+                {"name": wanted, "datatype": "string" if column.datatype == "char" else column.datatype,
+                 "nullable": not required, "description": column.description}
+                | ({"fits:tunit": column.unit} if column.unit else {}) | ({"ivoa:ucd": column.ucd} if column.ucd else {})
+                | {"tap:principal": int(column.principal)}
+            )  # fmt: skip
+        about: dict[str, Any] = {"name": name, "description": table.description, "primaryKey": key}
+        if placed:
+            about["cumbre:position"] = {"ra": "ra", "dec": "dec"}
+        if (curve := CURVES.get(name)) is not None:
+            about["cumbre:light_curve"] = {
+                "object": curve.object, "time": curve.time, "band": curve.band, "flux": curve.flux,
+                "fluxErr": curve.flux_error, "kind": curve.kind,
+            }  # fmt: skip
+        described.append(about | {"columns": columns})
+    return described

@@ -88,23 +88,29 @@ _OPERATIONS = (
     ),
     _Operation(
         "/lightcurve", "Light curves of objects",
-        {"ID": _TEXTS, "BAND": _shape(6, "r"), "MAXREC": _COUNT, "RESPONSEFORMAT": _FORMAT}, ("ID",),
+        {"ID": _TEXTS, "RELEASE": _TEXT, "BAND": _shape(6, "r"), "MAXREC": _COUNT, "RESPONSEFORMAT": _FORMAT}, ("ID",),
     ),
     _Operation(
         "/lightcurve/{object}", "Light curve of an object",
-        {"object": _COUNT, "BAND": _shape(6, "r"), "MAXREC": _COUNT, "RESPONSEFORMAT": _FORMAT}, ("object",),
-        methods=("get",),
+        {"object": _COUNT, "RELEASE": _TEXT, "BAND": _shape(6, "r"), "MAXREC": _COUNT, "RESPONSEFORMAT": _FORMAT},
+        ("object",), methods=("get",),
+    ),
+    _Operation(
+        "/lightcurve/{release}/{object}", "Light curve of an object of a release",
+        {"release": _TEXT, "object": _COUNT, "BAND": _shape(6, "r"), "MAXREC": _COUNT, "RESPONSEFORMAT": _FORMAT},
+        ("release", "object"), methods=("get",),
     ),
     _Operation(
         "/sia/query", "Search of images",
         {name: _shape(5, "") for name in SIA_PARAMETERS} | {"MAXREC": _COUNT, "RESPONSEFORMAT": _FORMAT},
+        errors=(*_VOTABLE, *_PLAIN),
     ),
     _Operation("/soda/sync", "Parts of images", _CUT, ("ID",), ("application/fits", "image/png"), _PLAIN,
                status=(200, 204)),
     _Operation("/soda/async", "Parts of images as a job", _CUT | {"PHASE": {"type": "string", "enum": ["RUN"]}}, (),
                _XML, _PLAIN, ("post",), (303,)),
     _Operation("/datalink/links", "What belongs to images", {"ID": _TEXTS, "MAXREC": _COUNT, "RESPONSEFORMAT": _TEXT},
-               (), ("application/x-votable+xml;content=datalink",), _PLAIN),
+               (), ("application/x-votable+xml;content=datalink",)),
     _Operation("/files/{image}", "An image as a file", {"image": _TEXT}, ("image",), ("application/fits",), _PLAIN,
                ("get",), (200, 206)),
     _Operation(

@@ -197,6 +197,7 @@ class AccessService:
             Route("/cone/{table}", search, methods=["GET", "POST"]),
             Route("/lightcurve", curve, methods=["GET", "POST"]),
             Route("/lightcurve/{object}", curve, methods=["GET"]),
+            Route("/lightcurve/{release}/{object}", curve, methods=["GET"]),
         ]
 
     def _image_routes(self, face: Images) -> list[Route]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from cumbre.access.tables import Column, Position, Table
+from cumbre.access.tables import CURVE_UTYPE, Column, CurveColumns, Position, Table
 from cumbre.core.configuration import parse_yaml
 from cumbre.core.errors import NotFoundError, UserError
 
@@ -60,6 +61,29 @@ class ReleasePosition(_Model):
     dec: str
 
 
+class ReleaseCurve(_Model):
+    """Which columns make the rows of a table points of light curves.
+
+    ``time`` and ``band`` are columns of the table, or, when ``visits`` names a table, of that one, joined by the
+    column ``visit`` of both.
+    """
+
+    object: str
+    time: str
+    band: str
+    flux: str
+    flux_error: Annotated[str, Field(alias="fluxErr")]
+    kind: Literal["detection", "forced"] = "forced"
+    visits: str = ""
+    visit: str = "visit"
+
+    def columns(self) -> CurveColumns:
+        """As the query service knows it."""
+        return CurveColumns(
+            self.object, self.time, self.band, self.flux, self.flux_error, self.kind, self.visits, self.visit
+        )
+
+
 class ReleaseTable(_Model):
     """One table."""
 
@@ -68,6 +92,7 @@ class ReleaseTable(_Model):
     columns: Annotated[list[ReleaseColumn], Field(min_length=1)]
     primary_key: Annotated[str | list[str] | None, Field(alias="primaryKey")] = None
     position: Annotated[ReleasePosition | None, Field(alias="cumbre:position")] = None
+    curve: Annotated[ReleaseCurve | None, Field(alias="cumbre:light_curve")] = None
 
     @property
     def key(self) -> list[str]:
@@ -94,6 +119,11 @@ class ReleaseTable(_Model):
                 raise ValueError(f"table {self.name}: key or position names {name!r}, which is no column")
         return self
 
+    def has(self, *names: str) -> str | None:
+        """The first of some columns that the table has not."""
+        known = {column.name for column in self.columns}
+        return next((name for name in names if name not in known), None)
+
     def arrow(self) -> pa.Schema:
         """Arrow schema, with the pixel column when there is a position."""
         import pyarrow as pa
@@ -107,11 +137,20 @@ class ReleaseTable(_Model):
             fields.append(pa.field(PIXEL, pa.int64(), nullable=False))
         return pa.schema(fields)
 
-    def published(self, release: str, source: str, *, public: bool | str, rows: int | None) -> Table:
-        """The table as the query service sees it."""
+    def published(
+        self,
+        release: str,
+        source: str,
+        *,
+        public: bool | str,
+        rows: int | None,
+        objects: frozenset[str] = frozenset(),
+    ) -> Table:
+        """The table as the query service sees it; ``objects`` are names of columns that have light curves."""
         columns = [
             Column(
                 c.name, _VOTABLE[c.datatype], "*" if c.datatype in ("string", "char") else None, unit=c.unit, ucd=c.ucd,
+                utype=f"{CURVE_UTYPE}{release}" if c.name in objects else "",
                 description=c.description, principal=bool(c.principal),
                 indexed=self.position is not None and c.name in (self.position.ra, self.position.dec),
             )
@@ -139,6 +178,7 @@ class ReleaseTable(_Model):
             position,
             public,
             rows=rows,
+            curve=None if self.curve is None else self.curve.columns(),
         )
 
 
@@ -154,7 +194,16 @@ class ReleaseDescription(_Model):
         names = [table.name.lower() for table in self.tables]
         if len(set(names)) != len(names):
             raise ValueError("table names must differ in more than capitals")
+        by_name = {table.name: table for table in self.tables}
+        for table in self.tables:
+            if table.curve is not None:
+                _check_curve(table, table.curve, by_name)
         return self
+
+    @property
+    def objects(self) -> frozenset[str]:
+        """Names of the columns of objects that have light curves."""
+        return frozenset(table.curve.object for table in self.tables if table.curve is not None)
 
     def table(self, name: str) -> ReleaseTable:
         """A table by its name.
@@ -168,6 +217,24 @@ class ReleaseDescription(_Model):
             if table.name == name:
                 return table
         raise NotFoundError(f"release {self.name}: no table {name!r}")
+
+
+def _check_curve(table: ReleaseTable, curve: ReleaseCurve, tables: Mapping[str, ReleaseTable]) -> None:
+    where = f"table {table.name}: cumbre:light_curve"
+    own, joined = [curve.object, curve.flux, curve.flux_error], [curve.time, curve.band]
+    if curve.visits:
+        if curve.visits not in tables:
+            raise ValueError(f"{where}: visits names {curve.visits!r}, which is no table of this release")
+        missing = tables[curve.visits].has(*joined, curve.visit)
+        if missing is not None:
+            raise ValueError(f"{where}: {missing!r} is no column of table {curve.visits}")
+        joined = [curve.visit]
+    missing = table.has(*own, *joined)
+    if missing is not None:
+        raise ValueError(f"{where}: {missing!r} is no column")
+    kind = next(column.datatype for column in table.columns if column.name == curve.object)
+    if kind != "long":
+        raise ValueError(f"{where}: object {curve.object!r} is {kind}, expected long")
 
 
 def check_name(name: str) -> str:

@@ -235,10 +235,15 @@ class Releases:
             if not user.may_read(public):
                 continue
             text = (release.folder / DESCRIPTION_FILE).read_text()
-            for table in parse_description(text, str(release.folder)).tables:
+            described = parse_description(text, str(release.folder))
+            for table in described.tables:
                 source = str(release.folder / table.name / "*.parquet")
                 yield table.published(
-                    release.name, source, public=public, rows=release.tables.get(table.name)
+                    release.name,
+                    source,
+                    public=public,
+                    rows=release.tables.get(table.name),
+                    objects=described.objects,
                 )
 
     def schemas(self) -> list[Schema]:

@@ -14,6 +14,8 @@ class Input:
     ----------
     ref
         ID of the FIELD whose values it takes; empty when a person gives the value.
+    value
+        One that is always sent.
     """
 
     name: str
@@ -24,6 +26,7 @@ class Input:
     unit: str = ""
     description: str = ""
     ref: str = ""
+    value: str = ""
 
     def xml(self) -> str:
         """A PARAM element."""
@@ -33,7 +36,8 @@ class Input:
         }  # fmt: skip
         words = " ".join(f"{name}={quoteattr(text)}" for name, text in attributes.items() if text)
         # a number has no empty value
-        value = '"0"' if self.datatype in ("int", "long") and not self.arraysize else '""'
+        empty = "0" if self.datatype in ("int", "long") and not self.arraysize else ""
+        value = quoteattr(self.value or empty)
         start = f"<PARAM {words} value={value}"
         if not self.description:
             return start + "/>"
