@@ -15,6 +15,7 @@ from astropy.table import Table
 from cumbre.alerts.packet import read_packets
 from cumbre.cli.process import process
 from cumbre.core.errors import BadFileError, CumbreError, NotFoundError, UnprocessableDataError
+from cumbre.payloads.difference import DifferenceConfig
 from cumbre.payloads.process_run import run
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
@@ -74,6 +75,22 @@ def test_planted_fluxes_are_right(goto):
     assert np.median(ratio) == pytest.approx(1.0, abs=0.03)
     # Within 5 %, the faint ones within their own error.
     assert (np.abs(ratio - 1) < np.maximum(0.05, 3 * error)).all()
+
+
+@needs_goto
+def test_proper_subtraction_finds_the_planted_sources_too(tmp_path):
+    summary = run(
+        [GOTO / "2.fits.fz"], [GOTO / "1.fits.fz"], tmp_path, config=DifferenceConfig(method="zogy")
+    )
+    sources, nearest, found, others = compare(tmp_path)
+    assert found.sum() >= 46
+    x, y = sources["x"][None], sources["y"][None]
+    seen = np.array(SEEN, float)
+    also_real = np.hypot(x - seen[:, :1], y - seen[:, 1:]).min(axis=1) < 3
+    assert others - also_real.sum() < 30
+    ratio = sources["flux"][nearest[found]] / np.asarray(truth()["flux_adu"])[found]
+    assert np.median(ratio) == pytest.approx(1.0, abs=0.03)
+    assert summary["metrics"]["zogy_ratio"] == pytest.approx(1 / 1.02, abs=0.03)
 
 
 def test_positions_on_the_sky_follow_the_header(goto):

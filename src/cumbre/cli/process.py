@@ -36,6 +36,13 @@ from cumbre.cli.main import print_json
     "--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for the results."
 )
 @click.option("--threshold", default=5.0, show_default=True, help="Detection threshold in sigma.")
+@click.option(
+    "--method",
+    type=click.Choice(["alard_lupton", "zogy"]),
+    default="alard_lupton",
+    show_default=True,
+    help="Subtract by a fitted kernel, or with both images filtered by their PSFs and noise.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def process(
     science: tuple[Path, ...],
@@ -43,6 +50,7 @@ def process(
     instrument: str | None,
     out: Path,
     threshold: float,
+    method: str,
     as_json: bool,
 ) -> None:
     """Find what is new or changed in science images against reference images.
@@ -70,7 +78,7 @@ def process(
         list(reference),
         out,
         instrument=instrument,
-        config=DifferenceConfig(threshold=threshold),
+        config=DifferenceConfig(threshold=threshold, method=method),
     )
     if as_json:
         print_json(summary)

@@ -229,6 +229,12 @@ class Prompt(_Model):
         180.0
     )
     detection_sigma: Annotated[float, Field(gt=0, description="Threshold on the difference image.")] = 5.0
+    difference: Annotated[
+        Literal["alard_lupton", "zogy"],
+        Field(
+            description="How images are subtracted: by a fitted kernel, or both filtered by their PSFs and noise."
+        ),
+    ] = "alard_lupton"
     reliability: Annotated[float, Field(ge=0, le=1, description="Least score of a published alert.")] = 0.5
     retries: Annotated[int, Field(ge=0, description="Tries after the first, before anything is stored.")] = 2
     injection_fraction: Annotated[

@@ -74,6 +74,7 @@ class PromptJobs:
             "dsn": self._dsn,
             "instrument": self.instruments[instrument][0],
             "detection_sigma": self._settings.detection_sigma,
+            "difference_method": self._settings.difference,
             "reliability": self._settings.reliability,
             "injection_fraction": self._settings.injection_fraction,
             "images": self._settings.images,

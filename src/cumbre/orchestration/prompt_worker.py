@@ -372,7 +372,11 @@ def _produce(
         instrument=raws[0].instrument,
         history=history,
         processed_mjd_tai=mjd_from_seconds(clock.now_tai_s()),
-        config=DifferenceConfig(threshold=float(payload["detection_sigma"]), reliable=least),
+        config=DifferenceConfig(
+            threshold=float(payload["detection_sigma"]),
+            reliable=least,
+            method=payload.get("difference_method", "alard_lupton"),
+        ),
         inject=InjectionConfig()
         if is_chosen(raws[0].metadata.exposure_id, float(payload.get("injection_fraction", 0.0)))
         else None,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 FOLDER = "archive/provenance"
 INPUTS = "inputs"
 FORMAT = "CUMBRE-PROVENANCE-1"
-PARAMETERS = ("detection_sigma", "reliability", "injection_fraction")
+PARAMETERS = ("detection_sigma", "difference_method", "reliability", "injection_fraction")
 
 
 class Pins:
@@ -209,7 +209,9 @@ def reproduce(root: Path, record: dict[str, Any], *raws: Path) -> DetectorResult
         instrument=instrument,
         processed_mjd_tai=0.0,
         config=DifferenceConfig(
-            threshold=float(parameters["detection_sigma"]), reliable=float(parameters["reliability"])
+            threshold=float(parameters["detection_sigma"]),
+            reliable=float(parameters["reliability"]),
+            method=parameters.get("difference_method", "alard_lupton"),
         ),
         inject=InjectionConfig() if record["has_fakes"] else None,
     )

@@ -1,4 +1,4 @@
-"""Difference of two exposures on one pixel grid: stars, PSFs, kernel, subtraction, noise calibration."""
+"""Difference of two exposures on one pixel grid: stars, PSFs, kernel or filters, subtraction, noise calibration."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import sep
 from numpy.typing import NDArray
 
-from cumbre.core.errors import NoWorkFoundError, UnprocessableDataError
+from cumbre.core.errors import ConfigurationError, NoWorkFoundError, UnprocessableDataError
 from cumbre.payloads.exposure import Exposure, FloatImage, MaskPlane
 from cumbre.payloads.kernels import planes
 from cumbre.payloads.kernels.detect import GridPsf
@@ -19,6 +19,7 @@ from cumbre.payloads.kernels.kernel_match import KernelSolution, fit_kernel, gau
 from cumbre.payloads.kernels.photometry import forced_psf_photometry
 from cumbre.payloads.kernels.planes import robust_rms
 from cumbre.payloads.kernels.psf import PsfModel, fit_psf, gaussian_psf, select_psf_stars, windowed_centroid
+from cumbre.payloads.zogy import LEAST_SNR, filter_both
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,9 @@ INEXACT_MATCH = 0.1
 MIN_RESIDUAL_STARS = 8
 USUAL_RESIDUAL = 0.02
 """Part of a star's flux that matching leaves, where too few stars tell."""
+METHODS = ("alard_lupton", "zogy")
+POINT_SIGMA, NEAR_POINT = 0.2, 20.0
+"""Width of a Gaussian that is one pixel; how strongly a kernel is held to one between images of equal PSF."""
 LATTICE, MIN_EMPTY = 36, 100
 """Places along each axis where the noise of fluxes is measured; least number of usable ones."""
 SHARPER = 0.88
@@ -55,6 +59,9 @@ class DifferenceConfig:
         Peaks measured at most, most significant first.
     classifier
         ``network`` (the shipped model, for images like those it was trained on) or ``logistic``.
+    method
+        ``alard_lupton`` (a kernel is fitted and the sharper image convolved) or ``zogy`` (both images are filtered by
+        their PSFs and noise).
     """
 
     threshold: float = 5.0
@@ -64,6 +71,7 @@ class DifferenceConfig:
     reliable: float = 0.5
     max_sources: int = 5000
     classifier: str = "network"
+    method: str = "alard_lupton"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +108,8 @@ class Difference:
         Fraction of a star's flux that the matching leaves (robust scatter over the stars).
     is_science_convolved
         True when the science image was the sharper one.
+    score_noise
+        Variance of the matched filter's sum by errors of registration and matching, (ny, nx); None when not known.
     """
 
     exposure: Exposure
@@ -112,6 +122,7 @@ class Difference:
     match_error: float
     is_science_convolved: bool
     metrics: dict[str, float] = field(default_factory=dict)
+    score_noise: FloatImage | None = None
 
 
 def find_stars(exposure: Exposure, *, threshold: float = 6.0) -> Stars:
@@ -297,8 +308,12 @@ def difference(science: Exposure, template: Exposure, config: DifferenceConfig |
         Too few common stars, or no overlap.
     UnprocessableDataError
         Shapes differ or nothing is usable.
+    ConfigurationError
+        An unknown method.
     """
     config = config or DifferenceConfig()
+    if config.method not in METHODS:
+        raise ConfigurationError(f"method = {config.method!r}: expected one of {', '.join(METHODS)}")
     if science.shape != template.shape:
         raise UnprocessableDataError(
             f"difference: science is {science.shape}, template {template.shape}; register the template first"
@@ -316,7 +331,8 @@ def difference(science: Exposure, template: Exposure, config: DifferenceConfig |
         measure_psf(science, science_stars),
         measure_psf(template, template_stars, science),
     )
-    is_science_convolved = science_psf.fwhm_px < SHARPER * template_psf.fwhm_px
+    is_proper = config.method == "zogy"
+    is_science_convolved = not is_proper and science_psf.fwhm_px < SHARPER * template_psf.fwhm_px
     common = common_stars(science_stars, template_stars)
     fixed, moved = (template, science) if is_science_convolved else (science, template)
     fixed_psf, moved_psf = (
@@ -328,21 +344,33 @@ def difference(science: Exposure, template: Exposure, config: DifferenceConfig |
         "fixed_variance": planes.finite_variance(fixed.variance),
         "moved_variance": planes.finite_variance(moved.variance),
     }
-    solution = _kernel(
-        pixels,
-        (science_bad, template_bad),
-        science_stars,
-        common,
-        (fixed_psf.fwhm_px, moved_psf.fwhm_px),
-        config,
-    )
+    bad_planes, fwhm = (science_bad, template_bad), (fixed_psf.fwhm_px, moved_psf.fwhm_px)
+    sides = None
+    if is_proper:
+        use = common[science_stars.snr[common] > LEAST_SNR]
+        sides = filter_both(
+            (pixels["fixed"], pixels["moved"]), (pixels["fixed_variance"], pixels["moved_variance"]), bad_planes,
+            (science_psf, template_psf), science_stars.x[use], science_stars.y[use],
+        )  # fmt: skip
+        pixels = {
+            "fixed": sides.science, "moved": sides.template, "fixed_variance": sides.science_variance,
+            "moved_variance": sides.template_variance,
+        }  # fmt: skip
+        bad_planes, fwhm = (sides.science_bad[0], sides.template_bad[0]), (max(fwhm), max(fwhm))
+    solution = _kernel(pixels, bad_planes, science_stars, common, fwhm, config, near_point=is_proper)
     result = subtract(
         pixels["fixed"], pixels["fixed_variance"], pixels["moved"], pixels["moved_variance"],
-        science_bad if is_science_convolved else template_bad, solution,
-        is_science_convolved=is_science_convolved, decorrelate=config.decorrelate,
+        bad_planes[0] if is_science_convolved else bad_planes[1], solution,
+        is_science_convolved=is_science_convolved, decorrelate=config.decorrelate and not is_proper,
     )  # fmt: skip
-    del pixels, science_bad, template_bad
+    if sides is not None:
+        result.reach += sides.template_bad[1]
     mask = _mask(science, template, result, is_science_convolved)
+    if sides is not None:
+        _name_science_reach(mask, science, *sides.science_bad)
+        # the factor between the units of the images, by the PSF fluxes of stars, as without filters
+        solution.metrics["sum"] = 1.0 / sides.relation.at(science.shape[1] / 2, science.shape[0] / 2)[0]
+    del pixels, science_bad, template_bad, bad_planes
     image = result.image
     bad = planes.flag_bad(image, mask, np.uint16(UNUSABLE))
     if bad.all():
@@ -355,8 +383,9 @@ def difference(science: Exposure, template: Exposure, config: DifferenceConfig |
         image=image, variance=variance, mask=mask, wcs=science.wcs, zero_point=science.zero_point,
         zero_point_err=science.zero_point_err, is_background_subtracted=True, metadata=dict(science.metadata),
     )  # fmt: skip
-    half = int(np.clip(np.ceil(2.5 * fixed_psf.fwhm_px), 7, 20))
-    psf = GridPsf(fixed_psf.centred, result.phi, half=half)
+    half = int(np.clip(np.ceil(2.5 * fwhm[0]), 7, 20))
+    phi = result.phi if sides is None else sides.filters.science
+    psf = GridPsf(fixed_psf.centred, phi, half=half)
     error = _match_error(image, mask, science, science_stars, common)
     residual = _match_residual(exposure, science, fixed_psf, science_stars, common)
     zero_point_err = science.zero_point_err if np.isfinite(science.zero_point_err) else 0.0
@@ -377,9 +406,23 @@ def difference(science: Exposure, template: Exposure, config: DifferenceConfig |
         "template_noise_scale": _noise_scale(template, template_psf),
         "flux_error": float(np.hypot(science.metrics.get("psf_flux_error", 0.01), 0.921 * zero_point_err)),
     }
-    return Difference(
+    made = Difference(
         exposure, psf, science, template, science_psf, template_psf, solution, error,
         is_science_convolved, metrics,
+    )  # fmt: skip
+    if sides is not None:
+        metrics |= sides.metrics()
+        made.score_noise = sides.score_noise(psf, residual)
+    return made
+
+
+def _name_science_reach(
+    mask: NDArray[np.uint16], science: Exposure, touched: NDArray[np.bool_], reach: int
+) -> None:
+    """Flag, in place, what unusable science pixels reach where that image was filtered too."""
+    planes.name_reached(
+        mask, touched, science.mask, np.uint16(MaskPlane.SAT), np.uint16(MaskPlane.SAT), np.uint16(MaskPlane.NO_DATA),
+        np.uint16(UNUSABLE), reach,
     )  # fmt: skip
 
 
@@ -408,8 +451,14 @@ def _kernel(
     common: NDArray[np.intp],
     fwhm: tuple[float, float],
     config: DifferenceConfig,
+    *,
+    near_point: bool = False,
 ) -> KernelSolution:
-    """Choose stamps and widths from the data, and fit."""
+    """Choose stamps and widths from the data, and fit.
+
+    ``near_point``: both images have one PSF already, up to errors; a kernel that is a point and little beside it
+    leaves the noise as it is.
+    """
     fixed_fwhm, moved_fwhm = fwhm
     shape = pixels["fixed"].shape
     needed = np.sqrt(max(fixed_fwhm**2 - moved_fwhm**2, 0.0)) / 2.355
@@ -435,11 +484,15 @@ def _kernel(
         if len(chosen) >= 12:
             break
     chosen = candidates[chosen]
+    degrees: tuple[int, ...]
     degrees = (6, 4, 2) if len(chosen) >= 30 else (4, 2, 1) if len(chosen) >= 10 else (2, 1, 0)
+    if near_point:
+        sigmas, degrees = (POINT_SIGMA, *sigmas[1:]), (0, *degrees[1:])
     return fit_kernel(
         pixels["moved"], pixels["fixed"], (pixels["fixed_variance"], pixels["moved_variance"]), bad,
         np.stack([stars.x[chosen], stars.y[chosen]], axis=1), basis=gaussian_basis(half, sigmas, degrees),
         order=config.kernel_order, background_order=config.background_order, fit_half=fit_half,
+        towards_first=NEAR_POINT if near_point else 0.0, reference_variance=pixels["moved_variance"],
     )  # fmt: skip
 
 

@@ -147,7 +147,7 @@ def process_pair(
     made = difference(science, template, config)
     exposure, half = made.exposure, made.psf.half
     bad = flag_bad(exposure.image, exposure.mask, np.uint16(UNUSABLE))
-    snr = significance(exposure.image, exposure.variance, bad, made.psf, half)
+    snr = significance(exposure.image, exposure.variance, bad, made.psf, half, made.score_noise)
     # Resampled or stacked pixels are correlated: the filtered noise is measured, not assumed.
     scale = robust_rms(sampled(snr, bad))
     scale = scale if np.isfinite(scale) and scale > 0 else 1.0

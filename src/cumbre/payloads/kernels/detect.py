@@ -104,6 +104,7 @@ def significance(
     bad: NDArray[np.bool_],
     psf: PsfField,
     half: int,
+    extra: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
     """Signal-to-noise of a point source at every pixel.
 
@@ -118,6 +119,8 @@ def significance(
         True where a pixel must not count.
     psf, half
         Local PSF and the half size of its stamps.
+    extra
+        Variance of the sum ``Σ P·D`` beside that of the pixels, (ny, nx).
     """
     shape = (image.shape[0], image.shape[1])
     side = tile_side(shape, half)
@@ -136,6 +139,9 @@ def significance(
         across, up = trimmed(square.sum(axis=0) / total), trimmed(square.sum(axis=1))
         noise = cv2.sepFilter2D(buffer, cv2.CV_32F, across, up, borderType=cv2.BORDER_CONSTANT)[inner]
         full = total * float(np.median(variance[y0:y1:9, x0:x1:9]))
+        if extra is not None:
+            # where nothing is left of the sum there is no score, whatever the template has there
+            noise = np.where(noise > 0.3 * full, noise + extra[y0:y1, x0:x1], noise)
         _ratio(signal, noise, np.float32(max(0.3 * full, 1e-30)), out[y0:y1, x0:x1])
     return out
 

@@ -29,7 +29,7 @@ from cumbre.payloads.kernels.convolve import (
 )
 from cumbre.payloads.kernels.kernel_match import KernelSolution
 
-__all__ = ["Subtraction", "convolve_field", "decorrelation_kernel", "subtract"]
+__all__ = ["Subtraction", "convolve_field", "decorrelation_kernel", "reached", "subtract"]
 
 CELL = 256
 """Side of the cells that share a decorrelation kernel."""
@@ -124,7 +124,7 @@ def subtract(
     )  # fmt: skip
     scale = kernel_sum**-2 if is_science_convolved else 1.0
     _add_variance(variance, fixed_variance, np.float32(scale * kernel_sum**2), np.float32(scale))
-    touched, reach = _reach(convolved_bad, middle)
+    touched, reach = reached(convolved_bad, middle)
     return Subtraction(image, variance, touched, reach, phi)
 
 
@@ -208,7 +208,7 @@ class _PhiField:
         return self._cache[cell]
 
 
-def _reach(bad: NDArray[np.bool_], kernel: NDArray[np.float64]) -> tuple[NDArray[np.bool_], int]:
+def reached(bad: NDArray[np.bool_], kernel: NDArray[np.float64]) -> tuple[NDArray[np.bool_], int]:
     """Bad pixels grown by the radius that holds 95 % of the kernel's absolute sum."""
     half = kernel.shape[0] // 2
     yy, xx = np.mgrid[-half : half + 1, -half : half + 1]

@@ -194,6 +194,8 @@ def fit_kernel(
     systematic: float = 0.01,
     clip: float = 3.0,
     n_iterations: int = 4,
+    towards_first: float = 0.0,
+    reference_variance: NDArray[np.float32] | None = None,
 ) -> KernelSolution:
     """Fit the matching kernel on stamps of stars.
 
@@ -216,6 +218,11 @@ def fit_kernel(
     systematic
         Fraction of the target's flux added in quadrature to the noise, so that the brightest star does not
         decide alone.
+    towards_first
+        How many times the reference's noise (``reference_variance``) pulls the kernel towards the first function of the
+        basis: where stars have no light, noise alone would make a kernel that smooths the reference.
+    reference_variance
+        (ny, nx); needed with ``towards_first``.
 
     Raises
     ------
@@ -223,11 +230,19 @@ def fit_kernel(
         Fewer than three usable stamps.
     """
     stamps, kept = [], []
+    gram = None
+    if towards_first > 0:
+        images = basis.images().reshape(basis.size, -1)
+        gram = towards_first * (images @ images.T)
+        gram[0] = gram[:, 0] = 0.0
     variances = variance if isinstance(variance, tuple) else (variance,)
     forbidden = bad if isinstance(bad, tuple) else (bad,)
     for index, (x, y) in enumerate(positions):
         stamp = _make_stamp(reference, target, variances, forbidden, (x, y), basis, fit_half, systematic)
         if stamp is not None:
+            if gram is not None and reference_variance is not None:
+                noise = float(reference_variance[round(float(y)), round(float(x))])
+                stamp.matrix[:-1, :-1] += gram * (noise * stamp.n_pixels / stamp.mean_variance)
             stamps.append(stamp)
             kept.append(index)
     if len(stamps) < MIN_STAMPS:
