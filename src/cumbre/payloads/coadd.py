@@ -10,6 +10,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from cumbre.core.errors import NoWorkFoundError, UnprocessableDataError
+from cumbre.payloads.coadd_psf import match_inputs
 from cumbre.payloads.exposure import Exposure, MaskPlane
 from cumbre.payloads.kernels.psf import PsfModel, fit_psf, gaussian_psf, select_psf_stars
 from cumbre.payloads.kernels.warp import NO_VARIANCE, SkyMap, warp_between
@@ -37,10 +38,11 @@ def _combine(  # type: ignore[no-untyped-def]
     depth,
     any_bits,
     inexact,
+    left_out,
 ):
     n, ny, nx = images.shape
     values, weights, noises = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.float32)
-    shaped = np.empty(n, np.float32)
+    shaped, which = np.empty(n, np.float32), np.empty(n, np.int64)
     for j in range(ny):
         for i in range(nx):
             m = 0
@@ -51,8 +53,10 @@ def _combine(  # type: ignore[no-untyped-def]
                 there += bits_k & 272 == 0
                 # Where the sharpest images are saturated the others alone would make the star too faint.
                 bits |= bits_k & 2
+                left_out[k, j, i] = 1
                 if bits_k & unusable:
                     continue
+                which[m] = k
                 values[m], weights[m], noises[m] = images[k, j, i], shares[k], variances[k, j, i]
                 shaped[m] = smooth[k, j, i]
                 bits |= bits_k & any_bits
@@ -77,6 +81,7 @@ def _combine(  # type: ignore[no-untyped-def]
                     allowed += min(max(shaped[k], 0.0), VARIES * near[j, i])
                     if abs(values[k] - middle) <= allowed:
                         values[kept], weights[kept], noises[kept] = values[k], weights[k], noises[k]
+                        which[kept] = which[k]
                         kept += 1
                 m = kept
             elif m == 2:
@@ -85,12 +90,14 @@ def _combine(  # type: ignore[no-untyped-def]
                 low = 0 if values[0] < values[1] else 1
                 if abs(values[0] - values[1]) > allowed + max(abs(values[low]), near[j, i]):
                     values[0], weights[0], noises[0] = values[low], weights[low], noises[low]
+                    which[0] = which[low]
                     m = 1
             total, weight, noise = 0.0, 0.0, 0.0
             for k in range(m):
                 total += weights[k] * values[k]
                 weight += weights[k]
                 noise += weights[k] ** 2 * noises[k]
+                left_out[which[k], j, i] = 0
             if weight > 0:
                 image[j, i] = total / weight
                 variance[j, i] = noise / weight**2
@@ -114,7 +121,7 @@ def _median(stack):  # type: ignore[no-untyped-def]
 
 
 def make_template(
-    exposures: Sequence[Exposure], wcs: SkyMap, shape: tuple[int, int], *, clip: float = 5.0
+    exposures: Sequence[Exposure], wcs: SkyMap, shape: tuple[int, int], *, clip: float = 5.0, match_psf: bool = True
 ) -> Exposure:
     """Average calibrated images on one grid.
 
@@ -126,6 +133,9 @@ def make_template(
         Of the template; shape is (ny, nx).
     clip
         Values further than ``clip`` sigma, and the light nearby, which seeing moves, from the median are left out.
+    match_psf
+        Bring the images to the PSF of the widest before they are averaged. Without it a star that varies between images
+        of different seeing has a PSF of its own in the mean, and leaves a residual in every difference.
 
     Returns
     -------
@@ -133,7 +143,7 @@ def make_template(
         Mean scaled to the zero point 27, with PSF; NO_DATA where no image reaches, SUSPECT where not all of them do: its
         PSF is another one there. Every image has one weight, that of its sky noise, for stars of any brightness: weights
         by the noise of the pixel would give bright stars another PSF than faint ones. ``metrics`` has
-        coverage (fraction of pixels with data), mean_depth and n_inputs; ``metadata["depth"]`` is the number of
+        coverage (fraction of pixels with data), mean_depth, n_inputs and n_matched (of one PSF); ``metadata["depth"]`` is the number of
         images used at each pixel (uint8).
 
     Raises
@@ -182,16 +192,20 @@ def make_template(
     bad = np.uint16(MaskPlane.unusable() | MaskPlane.CR | MaskPlane.STREAK)
     keep = np.uint16(MaskPlane.INTRP | MaskPlane.SUSPECT | MaskPlane.VIGNETTED | MaskPlane.INJECTED)
     stacks = [np.stack([plane[k] for plane in planes]) for k in range(3)]
+    left_out = np.zeros(stacks[0].shape, np.uint8)
     _combine(
         stacks[0], _smooth(stacks[0]), *stacks[1:], np.array(shares, np.float32), bad, clip,
         _light_near(stacks[0], used), result.image, result.variance, result.mask, depth, keep,
-        np.uint16(MaskPlane.SUSPECT),
+        np.uint16(MaskPlane.SUSPECT), left_out,
     )  # fmt: skip
+    widths = [e.psf.fwhm_px if e.psf is not None else float("nan") for e in used]
+    n_matched = match_inputs(result, stacks[0], stacks[1], left_out, shares, widths) if match_psf else 0
     first = used[0].metadata
     result.metadata = {key: first[key] for key in ("instrument", "band", "physical_filter") if key in first}
     result.metadata |= {"inputs": [e.metadata.get("obs_id", "") for e in used], "depth": depth}
     result.metrics = {
-        "coverage": float(np.mean(depth > 0)), "mean_depth": float(depth.mean()), "n_inputs": float(len(used))
+        "coverage": float(np.mean(depth > 0)), "mean_depth": float(depth.mean()), "n_inputs": float(len(used)),
+        "n_matched": float(n_matched),
     }  # fmt: skip
     result.psf = _template_psf(result, used)
     result.metrics["psf_fwhm_px"] = result.psf.fwhm_px

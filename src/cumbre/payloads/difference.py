@@ -357,11 +357,12 @@ def difference(science: Exposure, template: Exposure, config: DifferenceConfig |
             "moved_variance": sides.template_variance,
         }  # fmt: skip
         bad_planes, fwhm = (sides.science_bad[0], sides.template_bad[0]), (max(fwhm), max(fwhm))
-    solution = _kernel(pixels, bad_planes, science_stars, common, fwhm, config, near_point=is_proper)
+    solution = matching_kernel(pixels, bad_planes, science_stars, common, fwhm, config, near_point=is_proper)
     result = subtract(
         pixels["fixed"], pixels["fixed_variance"], pixels["moved"], pixels["moved_variance"],
         bad_planes[0] if is_science_convolved else bad_planes[1], solution,
         is_science_convolved=is_science_convolved, decorrelate=config.decorrelate and not is_proper,
+        interpolated=None if is_proper else _interpolated(moved.mask),
     )  # fmt: skip
     if sides is not None:
         result.reach += sides.template_bad[1]
@@ -444,7 +445,7 @@ def _both_stars(science: Exposure, template: Exposure) -> tuple[Stars, Stars]:
     return listed, measured
 
 
-def _kernel(
+def matching_kernel(
     pixels: dict[str, FloatImage],
     bad: tuple[NDArray[np.bool_], NDArray[np.bool_]],
     stars: Stars,
@@ -456,8 +457,24 @@ def _kernel(
 ) -> KernelSolution:
     """Choose stamps and widths from the data, and fit.
 
-    ``near_point``: both images have one PSF already, up to errors; a kernel that is a point and little beside it
-    leaves the noise as it is.
+    Parameters
+    ----------
+    pixels
+        ``fixed``, ``moved`` (the one to convolve), ``fixed_variance``, ``moved_variance``: (ny, nx), finite.
+    bad
+        Pixels that one image or the other forbids.
+    stars, common
+        Stars of either image, and which of them both have.
+    fwhm
+        Of fixed and moved, pixels.
+    near_point
+        Both images have one PSF already, up to errors; a kernel that is a point and little beside it leaves the noise as
+        it is.
+
+    Raises
+    ------
+    NoWorkFoundError
+        Fewer than three usable stars.
     """
     fixed_fwhm, moved_fwhm = fwhm
     shape = pixels["fixed"].shape
@@ -494,6 +511,12 @@ def _kernel(
         order=config.kernel_order, background_order=config.background_order, fit_half=fit_half,
         towards_first=NEAR_POINT if near_point else 0.0, reference_variance=pixels["moved_variance"],
     )  # fmt: skip
+
+
+def _interpolated(mask: NDArray[np.uint16]) -> NDArray[np.bool_]:
+    """Defects that hold a value from their neighbours, also those without light; a saturated pixel holds none."""
+    bits = np.uint16(MaskPlane.INTRP | MaskPlane.SAT)
+    return np.asarray((mask & bits) == np.uint16(MaskPlane.INTRP))
 
 
 def _mask(

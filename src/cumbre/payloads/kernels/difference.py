@@ -33,6 +33,8 @@ __all__ = ["Subtraction", "convolve_field", "decorrelation_kernel", "reached", "
 
 CELL = 256
 """Side of the cells that share a decorrelation kernel."""
+INTERPOLATED_PART = 0.3
+"""Part of a convolved pixel's light that may come from interpolated ones, which are right to a fifth."""
 
 
 def decorrelation_kernel(
@@ -92,6 +94,7 @@ def subtract(
     is_science_convolved: bool = False,
     decorrelate: bool = True,
     phi_half: int = 15,
+    interpolated: NDArray[np.bool_] | None = None,
 ) -> Subtraction:
     """Subtract two registered images with a fitted kernel.
 
@@ -101,6 +104,8 @@ def subtract(
         (ny, nx) images, finite; ``solution`` maps ``convolved`` onto ``fixed``.
     convolved_bad
         True where ``convolved`` cannot be trusted (saturated, missing).
+    interpolated
+        Which of those hold a value from their neighbours (defects): what the kernel carries of them hardly matters.
     is_science_convolved
         Then the difference is ``(K ⊗ science + b − template) / ΣK``: science units, science minus template.
     """
@@ -124,7 +129,7 @@ def subtract(
     )  # fmt: skip
     scale = kernel_sum**-2 if is_science_convolved else 1.0
     _add_variance(variance, fixed_variance, np.float32(scale * kernel_sum**2), np.float32(scale))
-    touched, reach = reached(convolved_bad, middle)
+    touched, reach = reached(convolved_bad, middle, interpolated)
     return Subtraction(image, variance, touched, reach, phi)
 
 
@@ -208,15 +213,32 @@ class _PhiField:
         return self._cache[cell]
 
 
-def reached(bad: NDArray[np.bool_], kernel: NDArray[np.float64]) -> tuple[NDArray[np.bool_], int]:
-    """Bad pixels grown by the radius that holds 95 % of the kernel's absolute sum."""
+def reached(
+    bad: NDArray[np.bool_], kernel: NDArray[np.float64], interpolated: NDArray[np.bool_] | None = None
+) -> tuple[NDArray[np.bool_], int]:
+    """Bad pixels grown by the radius that holds 95 % of the kernel's absolute sum.
+
+    Interpolated ones grow to where the kernel takes more than ``INTERPOLATED_PART`` of the light from them: a single
+    column of a sensor would else hide a dozen.
+    """
     half = kernel.shape[0] // 2
     yy, xx = np.mgrid[-half : half + 1, -half : half + 1]
     radius = np.hypot(xx, yy).ravel()
     order = np.argsort(radius)
-    cumulative = np.cumsum(np.abs(kernel).ravel()[order])
+    light = np.abs(kernel)
+    cumulative = np.cumsum(light.ravel()[order])
     reach = int(np.ceil(radius[order][np.searchsorted(cumulative, 0.95 * cumulative[-1])]))
     if reach == 0 or not bad.any():
         return bad.copy(), reach
     shape = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * reach + 1, 2 * reach + 1))
-    return np.asarray(cv2.dilate(bad.astype(np.uint8), shape) > 0), reach
+    if interpolated is None or not interpolated.any():
+        return np.asarray(cv2.dilate(bad.astype(np.uint8), shape) > 0), reach
+    missing = (bad & ~interpolated).astype(np.uint8)
+    part = cv2.sepFilter2D(
+        (bad & interpolated).astype(np.uint8) * 255, cv2.CV_8U, trimmed(light.sum(axis=0)[::-1] / light.sum(), 1e-2),
+        trimmed(light.sum(axis=1)[::-1] / light.sum(), 1e-2), borderType=cv2.BORDER_REPLICATE,
+    )  # fmt: skip
+    touched = bad | (part > 255 * INTERPOLATED_PART)
+    if missing.any():
+        touched |= cv2.dilate(missing, shape) > 0
+    return np.asarray(touched), reach
