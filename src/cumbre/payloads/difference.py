@@ -390,6 +390,7 @@ def difference(science: Exposure, template: Exposure, config: DifferenceConfig |
     error = _match_error(image, mask, science, science_stars, common)
     residual = _match_residual(exposure, science, fixed_psf, science_stars, common)
     zero_point_err = science.zero_point_err if np.isfinite(science.zero_point_err) else 0.0
+    science_noise = _noise_scale(science, science_psf)
     metrics = {f"kernel_{k}": v for k, v in solution.metrics.items()}
     metrics |= {
         "science_fwhm_px": science_psf.fwhm_px,
@@ -403,8 +404,9 @@ def difference(science: Exposure, template: Exposure, config: DifferenceConfig |
         "noise_scale": scale,
         "match_error": error,
         "match_residual": residual,
-        "science_noise_scale": _noise_scale(science, science_psf),
-        "template_noise_scale": _noise_scale(template, template_psf),
+        "science_noise_scale": science_noise[0],
+        "science_empty_err": science_noise[1],
+        "template_noise_scale": _noise_scale(template, template_psf)[0],
         "flux_error": float(np.hypot(science.metrics.get("psf_flux_error", 0.01), 0.921 * zero_point_err)),
     }
     made = Difference(
@@ -557,8 +559,8 @@ def _subtract_residual_background(image: FloatImage, bad: NDArray[np.bool_]) -> 
     image -= np.float32(mean)
 
 
-def _noise_scale(exposure: Exposure, psf: PsfModel) -> float:
-    """Scatter of PSF fluxes over a lattice of places in units of their errors by the variance plane.
+def _noise_scale(exposure: Exposure, psf: PsfModel) -> tuple[float, float]:
+    """Scatter of PSF fluxes over a lattice of places in units of their errors by the variance plane, and such an error.
 
     More than one where the noise is correlated (resampled pixels) or sources too faint to be seen add to it. It is
     taken below the median, where stars at some of the places do not count.
@@ -570,11 +572,11 @@ def _noise_scale(exposure: Exposure, psf: PsfModel) -> float:
     )
     with np.errstate(invalid="ignore", divide="ignore"):
         pulls = found.flux / found.flux_err
-    pulls = pulls[np.isfinite(pulls)]
-    if len(pulls) < MIN_EMPTY:
-        return 1.0
-    low, middle = np.percentile(pulls, [15.87, 50.0])
-    return float(np.clip(middle - low, 1.0, 3.0))
+    good = np.isfinite(pulls)
+    if good.sum() < MIN_EMPTY:
+        return 1.0, 0.0
+    low, middle = np.percentile(pulls[good], [15.87, 50.0])
+    return float(np.clip(middle - low, 1.0, 3.0)), float(np.median(found.flux_err[good]))
 
 
 def _match_error(

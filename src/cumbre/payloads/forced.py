@@ -15,7 +15,7 @@ from cumbre.payloads.exposure import MaskPlane
 from cumbre.payloads.kernels.detect import light_near
 from cumbre.payloads.kernels.photometry import forced_psf_photometry
 from cumbre.payloads.kernels.psf import PsfModel
-from cumbre.payloads.processing import DifferenceResult, template_factor, whole_error
+from cumbre.payloads.processing import DifferenceResult, science_flux_error, template_factor, whole_error
 
 
 def force(
@@ -58,10 +58,7 @@ def force(
         result.metrics, on_difference.flux_err * scale, on_difference.flux, light * template_factor(made),
         is_inexact=(on_difference.bits & np.uint16(MaskPlane.SUSPECT)) > 0,
     )  # fmt: skip
-    science_err = np.hypot(
-        on_science.flux_err * result.metrics["science_noise_scale"],
-        result.metrics["flux_error"] * on_science.flux,
-    )
+    science_err = science_flux_error(result.metrics, on_science.flux_err, on_science.flux)
     rows = []
     for k, which in enumerate(inside.tolist()):
         values = on_difference.flux[k], difference_err[k], on_science.flux[k], science_err[k]

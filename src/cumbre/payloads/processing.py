@@ -226,11 +226,22 @@ def whole_error(
     return np.sqrt(noise**2 + (metrics["flux_error"] * flux) ** 2 + (left * template_light) ** 2)
 
 
+def science_flux_error(metrics: Mapping[str, float], noise: Any, flux: Any) -> Any:
+    """Error of PSF fluxes on the science image: numbers or arrays (n,), parameters as for :func:`whole_error`.
+
+    What empty places scatter by beyond their noise, of sources too faint to be seen, comes to every flux; the noise of
+    a star's own light is what its pixels say.
+    """
+    faint = (metrics["science_noise_scale"] ** 2 - 1) * np.minimum(noise, metrics["science_empty_err"]) ** 2
+    return np.sqrt(noise**2 + faint + (metrics["flux_error"] * flux) ** 2)
+
+
 def _whole_direct_errors(sources: NDArray[Any], made: Difference) -> None:
     """Errors of fluxes on science image and template, in place: noise as it is, PSF model, zero point."""
-    for name, plane in (("scienceFlux", "science"), ("templateFlux", "template")):
-        noise = made.metrics[f"{plane}_noise_scale"] * sources[name + "Err"]
-        sources[name + "Err"] = np.hypot(noise, made.metrics["flux_error"] * sources[name])
+    sources["scienceFluxErr"] = science_flux_error(made.metrics, sources["scienceFluxErr"], sources["scienceFlux"])
+    # Resampling correlates all the noise, also that of the star's own light.
+    noise = made.metrics["template_noise_scale"] * sources["templateFluxErr"]
+    sources["templateFluxErr"] = np.hypot(noise, made.metrics["flux_error"] * sources["templateFlux"])
 
 
 def template_factor(made: Difference) -> float:
