@@ -36,7 +36,7 @@ STAR_TYPE = np.dtype(
 
 
 MIN_FLUX_ERROR_STARS = 8
-LEAST_FLUX_ERROR, USUAL_FLUX_ERROR = 0.003, 0.01
+LEAST_FLUX_ERROR, USUAL_FLUX_ERROR = 0.001, 0.01
 """Relative error of PSF fluxes by the model: never less; where too few stars tell."""
 
 
