@@ -224,3 +224,30 @@ def test_unrelated_fields_do_not_register():
     rng = np.random.default_rng(5)
     with pytest.raises(NoWorkFoundError, match="same field"):
         register(*rng.uniform(0, 1000, (2, 60)), *rng.uniform(0, 1000, (2, 60)))
+
+
+def test_an_interpolated_column_hides_no_source_beside_it(field):
+    """The science image is the sharper one, and is convolved: what it lacks spreads."""
+    x, y, flux = field
+    columns = [100, 183, 266, 349, 432]
+    new_y = np.array([70.0, 155.0, 238.0, 322.0, 405.0])
+    new_x = np.array(columns) + 3.0
+    free = np.array([np.hypot(x - a, y - b).min() > 10 for a, b in zip(new_x, new_y, strict=True)])
+    new_x, new_y = new_x[free], new_y[free]
+    assert len(new_x) >= 2
+    found = {}
+    for bits in (MaskPlane.BAD | MaskPlane.INTRP | MaskPlane.NO_DATA, MaskPlane.NO_DATA):
+        light = gaussians(x, y, flux, 1.6) + gaussians(new_x, new_y, np.full(len(new_x), 3000.0), 1.6)
+        science = exposure(light, 10.0, 1)
+        for column in columns:
+            science.image[:, column] = 0.5 * (science.image[:, column - 1] + science.image[:, column + 1])
+            science.mask[:, column] = np.uint16(bits)
+        result = process_pair(science, exposure(0.5 * gaussians(x, y, flux, 2.1), 4.0, 2))
+        assert result.difference.is_science_convolved
+        good = result.sources[result.sources["reliability"] >= 0.5]
+        distance = np.hypot(good["x"][None] - new_x[:, None], good["y"][None] - new_y[:, None])
+        found[int(bits)] = int((distance.min(axis=1, initial=np.inf) < 1.0).sum())
+        if found[int(bits)] == len(new_x):
+            assert good["psfFlux"][distance.argmin(axis=1)] == pytest.approx(3000.0, rel=0.2)
+    assert found[int(MaskPlane.BAD | MaskPlane.INTRP | MaskPlane.NO_DATA)] == len(new_x)
+    assert found[int(MaskPlane.NO_DATA)] < len(new_x)

@@ -95,3 +95,63 @@ def test_part_that_not_all_images_reach_says_so():
     mask = make_template(visits, WCS, (SIDE, SIDE)).mask
     assert (mask[20:-20, -30:-10] & MaskPlane.SUSPECT).all()
     assert not (mask[20:-20, 20:-50] & MaskPlane.SUSPECT).any()
+
+
+def field(fwhm: float, factor: float, *, side: int = 420) -> Exposure:
+    """Constant stars on a lattice, and in the middle one that is ``factor`` times as bright as usual."""
+    yy, xx = np.mgrid[:side, :side]
+    sigma = fwhm / 2.3548
+    image = np.random.default_rng(int(100 * fwhm)).normal(0, 3, (side, side))
+    for k, x in enumerate(np.arange(60, side - 59, 60)):
+        for n, y in enumerate(np.arange(60, side - 59, 60)):
+            flux = (2e5 if (k + n) % 2 else 1e5) * (factor if (x, y) == VARIABLE else 1.0)
+            box = np.s_[y - 25 : y + 26, x - 25 : x + 26]
+            r2 = (xx[box] - x - 0.2) ** 2 + (yy[box] - y + 0.1) ** 2
+            image[box] += flux * np.exp(-r2 / (2 * sigma**2)) / (2 * np.pi * sigma**2)
+    image += np.random.default_rng(int(100 * fwhm) + 1).normal(0, 1, image.shape) * np.sqrt(
+        np.maximum(image, 0)
+    )
+    return Exposure(
+        image.astype(np.float32), (np.maximum(image, 0) + 9).astype(np.float32), np.zeros((side, side), np.uint16),
+        wcs=WCS, zero_point=TEMPLATE_ZERO_POINT, zero_point_err=0.001, is_background_subtracted=True,
+        psf=gaussian_psf(fwhm, (side, side)), metadata={"obs_id": f"f{fwhm}"},
+    )  # fmt: skip
+
+
+VARIABLE, CONSTANT = (240, 180), (180, 240)
+
+
+def concentration(image: np.ndarray, place: tuple[int, int]) -> float:
+    """Part of a star's light within 2.5 pixels."""
+    x, y = place
+    box = image[y - 14 : y + 15, x - 14 : x + 15]
+    yy, xx = np.mgrid[-14:15, -14:15]
+    total = box.sum()
+    middle = (box * xx).sum() / total, (box * yy).sum() / total
+    return float(box[np.hypot(xx - middle[0], yy - middle[1]) < 2.5].sum() / total)
+
+
+def test_star_that_varied_has_the_psf_of_the_others():
+    visits = [field(fwhm, factor) for fwhm, factor in ((3.2, 1.6), (3.6, 1.5), (4.6, 0.4), (4.8, 0.5))]
+    apart = {}
+    for match_psf in (True, False):
+        made = make_template(visits, WCS, (420, 420), match_psf=match_psf)
+        assert made.metrics["n_matched"] == (4 if match_psf else 0)
+        constant = concentration(made.image, CONSTANT)
+        apart[match_psf] = abs(concentration(made.image, VARIABLE) / constant - 1)
+        x, y = VARIABLE
+        light = made.image[y - 20 : y + 21, x - 20 : x + 21].sum()
+        assert light == pytest.approx(2e5, rel=0.01)
+    assert apart[False] > 0.04
+    assert apart[True] < 0.008
+
+
+def test_gap_in_one_image_leaves_no_hole():
+    visits = [field(fwhm, 1.0) for fwhm in (3.2, 3.6, 4.6)]
+    visits[0].mask[:, 178:181] = MaskPlane.BAD
+    visits[0].image[:, 178:181] = 5e4
+    made = make_template(visits, WCS, (420, 420))
+    assert made.metrics["n_matched"] == 3
+    x, y = CONSTANT
+    assert made.image[y - 20 : y + 21, x - 20 : x + 21].sum() == pytest.approx(2e5, rel=0.02)
+    assert np.abs(made.image[100:110, 150:210]).max() < 25

@@ -121,7 +121,12 @@ def _median(stack):  # type: ignore[no-untyped-def]
 
 
 def make_template(
-    exposures: Sequence[Exposure], wcs: SkyMap, shape: tuple[int, int], *, clip: float = 5.0, match_psf: bool = True
+    exposures: Sequence[Exposure],
+    wcs: SkyMap,
+    shape: tuple[int, int],
+    *,
+    clip: float = 5.0,
+    match_psf: bool = True,
 ) -> Exposure:
     """Average calibrated images on one grid.
 
@@ -142,9 +147,9 @@ def make_template(
     Exposure
         Mean scaled to the zero point 27, with PSF; NO_DATA where no image reaches, SUSPECT where not all of them do: its
         PSF is another one there. Every image has one weight, that of its sky noise, for stars of any brightness: weights
-        by the noise of the pixel would give bright stars another PSF than faint ones. ``metrics`` has
-        coverage (fraction of pixels with data), mean_depth, n_inputs and n_matched (of one PSF); ``metadata["depth"]`` is the number of
-        images used at each pixel (uint8).
+        by the noise of the pixel would give bright stars another PSF than faint ones. ``metrics`` has coverage (fraction
+        of pixels with data), mean_depth, n_inputs and n_matched (images of one PSF); ``metadata["depth"]`` is the number
+        of images used at each pixel (uint8).
 
     Raises
     ------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import cv2
 import numpy as np
@@ -35,7 +36,7 @@ SPOILT = 0.3
 
 
 def match_inputs(
-    template: Exposure, images: Images, variances: Images, left_out: NDArray[np.uint8], shares: Sequence[float],
+    template: Exposure, images: NDArray[Any], variances: NDArray[Any], left_out: NDArray[np.uint8], shares: Sequence[float],
     widths: Sequence[float],
 ) -> int:  # fmt: skip
     """Average again with matched images, in place; variance, mask and depth stay as they are.

@@ -238,7 +238,9 @@ def science_flux_error(metrics: Mapping[str, float], noise: Any, flux: Any) -> A
 
 def _whole_direct_errors(sources: NDArray[Any], made: Difference) -> None:
     """Errors of fluxes on science image and template, in place: noise as it is, PSF model, zero point."""
-    sources["scienceFluxErr"] = science_flux_error(made.metrics, sources["scienceFluxErr"], sources["scienceFlux"])
+    sources["scienceFluxErr"] = science_flux_error(
+        made.metrics, sources["scienceFluxErr"], sources["scienceFlux"]
+    )
     # Resampling correlates all the noise, also that of the star's own light.
     noise = made.metrics["template_noise_scale"] * sources["templateFluxErr"]
     sources["templateFluxErr"] = np.hypot(noise, made.metrics["flux_error"] * sources["templateFlux"])
