@@ -153,6 +153,16 @@ def test_nucleus_of_ten_exposures(tmp_path):
         for source in table:
             if np.hypot(source["x"] - x, source["y"] - y) < 8:
                 assert source["isDipole"] or source["reliability"] < 0.5
+    # a star that moved by a fraction of a pixel: both of its lobes tell the same, its flux is that of the images
+    lobes = [s for s in table if s["isDipole"] and np.hypot(s["x"] - 104, s["y"] - 233) < 8]
+    assert {s["isNegative"] for s in lobes} == {True, False}
+    for source in lobes:
+        bright = max(s["scienceFlux"] for s in lobes)
+        assert source["dipoleMeanFlux"] == pytest.approx(bright, rel=0.5)
+        assert source["dipoleMeanFluxErr"] < 0.3 * source["dipoleMeanFlux"]
+        assert 0 < source["dipoleLength"] < 0.5
+        assert source["dipoleChi2"] < 1.5 * source["dipoleNPix"]
+    assert np.ptp([s["dipoleAngle"] for s in lobes]) < 5
 
 
 @needs_decam

@@ -106,7 +106,12 @@ def warm_up() -> None:
             )
         )
     yy, xx = yy - 101, xx - 61
-    pair[0].image += (2e4 / (2 * np.pi * 1.7**2) * np.exp(-(xx**2 + yy**2) / (2 * 1.7**2))).astype(np.float32)
+    spot = (2e4 / (2 * np.pi * 1.7**2) * np.exp(-(xx**2 + yy**2) / (2 * 1.7**2))).astype(np.float32)
+    pair[0].image += spot
+    # two lobes, and a bar of light
+    pair[0].image += np.roll(spot, (90, 90), (0, 1)) - np.roll(spot, (90, 93), (0, 1))
+    for shift in range(10):
+        pair[0].image += np.roll(spot, (60, shift - 40), (0, 1)) / 5
     made = produce(pair[0], None, pair[1], None)
     if made.dia_objects:
         # history as a database gives it: its encoding is compiled too
@@ -332,7 +337,6 @@ def _context(exposure: Exposure, processed: float, version: str) -> SourceContex
     return SourceContext(
         visit=visit, detector=detector, band=str(meta.get("band") or ""), midpoint_mjd_tai=middle,
         exposure_s=float(meta.get("exposure_s") or math.nan), processed_mjd_tai=processed, flux_scale=scale,
-        pixel_scale_arcsec=float(exposure.metrics.get("pixel_scale_arcsec", math.nan)),
         reliability_version=version,
     )  # fmt: skip
 

@@ -19,6 +19,15 @@ if TYPE_CHECKING:
     from cumbre.alerts.encode import EncodedRows
 
 STAMP_HALF = 15
+TRAIL_ALGORITHM = 1
+"""The local PSF drawn out along a line, fitted to the difference."""
+_LOBE_FLUXES = (
+    "dipoleMeanFlux", "dipoleMeanFluxErr", "dipoleFluxDiff", "dipoleFluxDiffErr", "trailFlux", "trailFluxErr",
+)  # fmt: skip
+_LOBE_NUMBERS = (
+    "dipoleLength", "dipoleAngle", "dipoleChi2", "trailRa", "trailRaErr", "trailDec", "trailDecErr", "trailLength",
+    "trailLengthErr", "trailAngle", "trailAngleErr", "trailChi2",
+)  # fmt: skip
 _BLOCK = 2880
 _FLAG_COLUMNS = {
     "pixelFlags_bad": (int(MaskPlane.BAD), False),
@@ -54,7 +63,6 @@ class SourceContext:
     exposure_s: float
     processed_mjd_tai: float
     flux_scale: float = 1.0
-    pixel_scale_arcsec: float = float("nan")
     reliability_version: str = VERSION
 
 
@@ -62,6 +70,21 @@ def _number(value: Any, scale: float = 1.0) -> float | None:
     """A finite number, or null: packets carry no placeholders."""
     number = float(value) * scale
     return number if math.isfinite(number) else None
+
+
+def _lobes(row: Any, scale: float) -> dict[str, Any]:
+    """Columns of dipole and trail: null where none was fitted, or where the fit says nothing."""
+    out: dict[str, Any] = {name: _number(row[name], scale) for name in _LOBE_FLUXES}
+    out |= {name: _number(row[name]) for name in _LOBE_NUMBERS}
+    is_trail = bool(row["flagTrailFit"])
+    return out | {
+        "dipoleNdata": int(row["dipoleNPix"]),
+        "dipoleFitAttempted": bool(row["flagDipoleFit"]),
+        "trailNdata": int(row["trailNPix"]),
+        "trailAlgorithm": TRAIL_ALGORITHM if row["trailNPix"] > 0 else None,
+        "trail_flag": bool(row["flagTrail"]) if is_trail else None,
+        "trail_flag_edge": bool(row["flagTrailEdge"]) if is_trail else None,
+    }
 
 
 def dia_source(row: Any, context: SourceContext, counter: int) -> dict[str, Any]:
@@ -75,7 +98,6 @@ def dia_source(row: Any, context: SourceContext, counter: int) -> dict[str, Any]
         Number of the source in its detector image, part of its id.
     """
     scale = context.flux_scale
-    trail = row["elongation"] > 2.0 and row["trailLength"] > 0
     bits, centre = int(row["pixelFlags"]), int(row["pixelFlagsCentre"])
     out: dict[str, Any] = {
         "diaSourceId": source_id(context.visit, context.detector, counter),
@@ -113,10 +135,7 @@ def dia_source(row: Any, context: SourceContext, counter: int) -> dict[str, Any]
         "band": context.band or None,
         "isDipole": bool(row["isDipole"]),
         "glint_trail": bool(row["flagGlintTrail"]),
-        "trailLength": _number(row["trailLength"] * context.pixel_scale_arcsec) if trail else None,
-        "trailAngle": _number(row["trailAngle"]) if trail else None,
-        "trailNdata": 0,
-        "dipoleNdata": 0,
+        **_lobes(row, scale),
         "bboxSize": 2 * STAMP_HALF + 1,
         "timeProcessedMjdTai": context.processed_mjd_tai,
         "timeWithdrawnMjdTai": None,

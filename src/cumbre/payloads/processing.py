@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cumbre.payloads import realbogus
+from cumbre.payloads import lobes, realbogus
 from cumbre.payloads.difference import INEXACT_MATCH, UNUSABLE, Difference, DifferenceConfig, difference
 from cumbre.payloads.exposure import Exposure, MaskPlane
 from cumbre.payloads.kernels import classify
@@ -35,7 +35,7 @@ from cumbre.payloads.kernels.psf import windowed_centroid
 _FLOATS = (
     "ra", "dec", "raErr", "decErr", "x", "y", "xErr", "yErr", "snr", "flux", "fluxErr", "psfFlux", "psfFluxErr",
     "psfChi2", "apFlux", "apFluxErr", "scienceFlux", "scienceFluxErr", "templateFlux", "templateFluxErr",
-    "reliability", "correlation", "elongation", "trailLength", "trailAngle",
+    "reliability", "correlation", "elongation", "barAngle", *lobes.FLOATS,
 )  # fmt: skip
 FLAGS = {
     "flagBad": int(MaskPlane.BAD),
@@ -55,12 +55,13 @@ SOURCE_DTYPE = np.dtype(
     [("id", np.int64), *((name, np.float64) for name in _FLOATS), ("isNegative", bool), ("isDipole", bool)]
     + [
         ("nPix", np.int32),
+        *((name, np.int32) for name in lobes.COUNTS),
         ("pixelFlags", np.uint16),
         ("pixelFlagsCentre", np.uint16),
         ("flagCentroid", bool),
         ("flagGlintTrail", bool),
     ]
-    + [(name, bool) for name in FLAGS]
+    + [(name, bool) for name in (*lobes.FLAGS, *FLAGS)]
 )
 
 
@@ -185,6 +186,7 @@ def process_pair(
     points = np.flatnonzero(~sources["isNegative"] & ~sources["isDipole"] & (features[:, -1] == 0))
     rows = glint_rows(sources["x"][points], sources["y"][points], exposure.shape, fwhm)
     sources["flagGlintTrail"][points[rows]] = True
+    measurer.fit_lobes(sources)
     metrics = dict(made.metrics)
     metrics |= {
         "snr_scale": scale,
@@ -194,6 +196,7 @@ def process_pair(
         "n_negative": float(sources["isNegative"].sum()),
         "n_glints": float(sources["flagGlintTrail"].sum()),
         "n_dipoles": float(sources["isDipole"].sum()),
+        "n_trails": float((sources["trailNPix"] > 0).sum()),
         "noise_peaks_positive": measurer.tails[0][0],
         "noise_slope_positive": measurer.tails[0][1],
         "noise_peaks_negative": measurer.tails[1][0],
@@ -367,7 +370,7 @@ class _Measurer:
         row["flux"] = inside
         row["isNegative"] = peak_snr < 0
         row["correlation"], row["elongation"] = source.correlation, source.elongation
-        row["trailLength"], row["trailAngle"] = source.length, source.angle
+        row["barAngle"] = source.angle
         row["nPix"], row["flagCentroid"] = source.n_pixels, source.is_centroid_bad
         row["pixelFlags"], row["pixelFlagsCentre"] = source.mask_bits, source.mask_bits_centre
         for name, plane in FLAGS.items():
@@ -427,6 +430,18 @@ class _Measurer:
         stamp = self._made.psf(x, y)[y0 - y + half : y1 - y + half, x0 - x + half : x1 - x + half]
         light = float(stamp[(self._mask[y0:y1, x0:x1] & UNUSABLE) == 0].sum())
         return float(np.clip(1.0 - light - 0.02, 0, 1))
+
+    def fit_lobes(self, rows: NDArray[Any]) -> None:
+        """Dipoles and trails, of the sources as they are in the end."""
+        shapes = [
+            self._shape_of_psf(round(float(x)), round(float(y)))[0]
+            for x, y in zip(rows["x"], rows["y"], strict=True)
+        ]
+        lobes.fill(
+            rows, self._made, self._snr, fwhm_px=self._fwhm, psf_elongation=np.array(shapes),
+            variance_scale=self._scale**2, factor=template_factor(self._made),
+            to_sky=lambda x, y: sky_of(self._made.exposure.wcs, x, y),
+        )  # fmt: skip
 
     def _direct_fluxes(self, rows: NDArray[Any]) -> None:
         for name, exposure, psf in (
