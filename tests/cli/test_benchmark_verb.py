@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import subprocess
@@ -38,6 +39,14 @@ def test_peers_are_named_and_absent_ones_said_to_be(tmp_path: Path) -> None:
     if importlib.util.find_spec("astroscrappy") is not None:
         pytest.skip("astroscrappy is installed here")
     assert peer("astroscrappy (cosmic rays)", str(tmp_path)) == "not installed"
+
+
+def test_the_steps_are_functions_that_are_there():
+    for step in alert_benchmark.STEPS:
+        for module, function in step.places:
+            assert callable(getattr(importlib.import_module(module), function)), (
+                f"{step.name}: {module}.{function}"
+            )
 
 
 def test_floors_are_bytes_and_operations() -> None:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from cumbre.payloads.coadd import TEMPLATE_ZERO_POINT, make_template
+from cumbre.orchestration.templates import Place, StoredWarp, TemplateStore
+from cumbre.payloads import coadd
+from cumbre.payloads.coadd import TEMPLATE_ZERO_POINT, combine, make_template, resample
 from cumbre.payloads.exposure import Exposure, MaskPlane
+from cumbre.payloads.exposure_file import load_exposure, save_exposure
 from cumbre.payloads.kernels.psf import gaussian_psf
 from cumbre.payloads.kernels.wcs import PlaneWcs
 
@@ -155,3 +160,85 @@ def test_gap_in_one_image_leaves_no_hole():
     x, y = CONSTANT
     assert made.image[y - 20 : y + 21, x - 20 : x + 21].sum() == pytest.approx(2e5, rel=0.02)
     assert np.abs(made.image[100:110, 150:210]).max() < 25
+
+
+# --- one image after the other -------------------------------------------------------------------------------------------
+
+
+def sky(
+    seed: int, *, fwhm: float = 3.0, noise: float = 20.0, zero_point: float = TEMPLATE_ZERO_POINT
+) -> Exposure:
+    """The same stars with noise of their own."""
+    made = visit(fwhm, noise**2, (3e5, 2e4))
+    rng = np.random.default_rng(seed)
+    made.image += rng.normal(0, noise, made.image.shape).astype(np.float32)
+    made.image *= np.float32(10 ** (0.4 * (zero_point - TEMPLATE_ZERO_POINT)))
+    made.variance *= np.float32(10 ** (0.8 * (zero_point - TEMPLATE_ZERO_POINT)))
+    made.zero_point = zero_point
+    made.metadata = {"obs_id": f"v{seed:03d}", "band": "r"}
+    made.wcs = PlaneWcs.linear(
+        10.0,
+        -30.0,
+        SIDE / 2 + rng.uniform(-4, 4),
+        SIDE / 2 + rng.uniform(-4, 4),
+        np.array([[-2e-4, 0], [0, 2e-4]]),
+    )
+    return made
+
+
+def same(one: Exposure, other: Exposure) -> None:
+    np.testing.assert_array_equal(one.image, other.image)
+    np.testing.assert_array_equal(one.variance, other.variance)
+    np.testing.assert_array_equal(one.mask, other.mask)
+    np.testing.assert_array_equal(one.metadata["depth"], other.metadata["depth"])
+    assert one.metrics == other.metrics
+
+
+def test_strips_are_the_whole(monkeypatch):
+    exposures = [sky(k, fwhm=2.5 + 0.3 * k, zero_point=27 + 0.2 * k) for k in range(4)]
+    whole = make_template(exposures, WCS, (SIDE, SIDE))
+    monkeypatch.setattr(coadd, "STRIP_ROWS", 37)
+    same(make_template(exposures, WCS, (SIDE, SIDE)), whole)
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.integers(3, 6), st.integers(0, 1000), st.data())
+def test_one_after_the_other_is_all_at_once(tmp_path_factory, count, seed, data):
+    """Visits come in any order and portions; what is kept between is files."""
+    store = TemplateStore(tmp_path_factory.mktemp("site"))
+    place = Place("t", 10.0, -30.0, "r", "R00_S00")
+    exposures = [sky(seed + k, noise=10.0 + 5 * k, zero_point=27 + 0.1 * k) for k in range(count)]
+    exposures[-1].image[100:103, :] += 900.0
+    at_once = make_template(exposures, WCS, (SIDE, SIDE))
+    for k in data.draw(st.permutations(range(count))):
+        warp = resample(exposures[k], WCS, (SIDE, SIDE))
+        store.save_warp(store.warp_path(place, exposures[k].metadata["obs_id"]), warp, {})
+        kept = sorted(store.warp_path(place, "any").parent.glob("*.fits"))
+        step_by_step = combine([StoredWarp.open(path) for path in kept], WCS)
+    same(step_by_step, at_once)
+
+
+def test_satellite_and_cosmic_ray_of_one_visit_are_left_out():
+    clean = [sky(k) for k in range(4)]
+    struck = [sky(k) for k in range(4)]
+    along = np.arange(20, 180)
+    for width in (-1, 0, 1):
+        struck[2].image[(195 - 0.3 * along).astype(int) + width, along] += 700.0
+    struck[2].image[150, 40:43] += 5000.0
+    made, right = (make_template(e, WCS, (SIDE, SIDE)) for e in (struck, clean))
+    # nothing is left of them but the noise of three images instead of four
+    assert np.abs(made.image - right.image).max() < 5 * 20.0
+    lost = made.metadata["depth"] < right.metadata["depth"]
+    assert lost.sum() > 300
+    x, y = np.nonzero(lost.T)
+    assert (np.abs(y - (195 - 0.3 * x)) < 10).mean() > 0.9
+
+
+def test_depth_is_kept_in_the_file(tmp_path):
+    made = make_template([sky(1), visit(3.0, 400.0, (1e5, 1e4), lost_columns=50)], WCS, (SIDE, SIDE))
+    save_exposure(made, tmp_path / "t.fits")
+    depth = load_exposure(tmp_path / "t.fits").metadata["depth"]
+    np.testing.assert_array_equal(depth, made.metadata["depth"])
+    assert depth.dtype == np.uint8
+    assert depth[100, 100] == 2
+    assert depth[100, 170] == 1

@@ -46,6 +46,7 @@ VERBS = {
     "query": ("cumbre.cli.query", "query", "Ask the ledger or the tables."),
     "alerts": ("cumbre.cli.alerts", "alerts", "Read alerts of the archive."),
     "orbits": ("cumbre.cli.orbits", "orbits", "Load orbits of known solar-system objects."),
+    "template": ("cumbre.cli.template", "template", "Make templates of the archived visits."),
     "precover": ("cumbre.cli.precover", "precover", "Measure new objects on the images before."),
     "release": ("cumbre.cli.release", "release", "Load, verify, open and close release catalogues."),
     "snapshot": ("cumbre.cli.snapshot", "snapshot", "Make a day's snapshot of Level 1."),

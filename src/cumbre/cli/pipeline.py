@@ -43,7 +43,7 @@ def inputs_(folder: Path, place: str, version: str, as_json: bool) -> None:
     What is there already stays. The repository must exist: it is made when the site first starts.
     """
     from cumbre.observatory.instruments import site_instruments
-    from cumbre.orchestration.inputs import read_index
+    from cumbre.orchestration.inputs import one_each, read_index
     from cumbre.payloads.refcat import RefCat
     from cumbre.pipelines import inputs
     from cumbre.repository.storage import declare
@@ -67,7 +67,7 @@ def inputs_(folder: Path, place: str, version: str, as_json: bool) -> None:
         triangles = inputs.register_reference(repository, RefCat.load(where["refcat"]), version=version)
         for number, (_, instrument) in enumerate(site_instruments(site).values()):
             # The index is of the first camera, which is the one that the prompt pipeline serves.
-            rows = read_index(index) if index.is_file() and number == 0 else []
+            rows = one_each(read_index(index)) if index.is_file() and number == 0 else []
             bands = sorted({item.band for item in instrument.filters})
             files = [
                 (path, detector.name, band)

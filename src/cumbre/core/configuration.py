@@ -286,6 +286,42 @@ class Retention(_Model):
     ] = 300.0
 
 
+class Templates(_Model):
+    """Which visits make a template, and for which airmasses there is one of its own."""
+
+    airmass_edges: Annotated[
+        list[float],
+        Field(min_length=2, description="Limits of the ranges of airmass; each range has its own templates."),
+    ] = [1.0, 1.3, 1.7, 2.5]
+    fewest_visits: Annotated[int, Field(ge=1, description="No template of fewer visits.")] = 3
+    most_visits: Annotated[int, Field(ge=1, le=200, description="The best ones are enough.")] = 12
+    seeing_ratio: Annotated[
+        float, Field(ge=1, description="Most seeing, in units of the best quarter's of the range.")
+    ] = 1.4
+    cloud_mag: Annotated[
+        float, Field(gt=0, description="Most loss of zero point against the clearest visits of the range.")
+    ] = 0.3
+    background_ratio: Annotated[
+        float, Field(gt=1, description="Most sky background, in units of the darkest quarter's.")
+    ] = 4.0
+    depth_mag: Annotated[
+        float, Field(gt=0, description="Most loss of limiting magnitude against the deepest quarter.")
+    ] = 1.0
+    most_masked: Annotated[float, Field(gt=0, le=1, description="Most part of unusable pixels.")] = 0.3
+    most_elliptical: Annotated[float, Field(gt=0, le=1, description="Most ellipticity of the PSF.")] = 0.3
+    astrometry_arcsec: Annotated[
+        float, Field(gt=0, description="Largest scatter of the stars about the fitted WCS.")
+    ] = 0.2
+
+    @model_validator(mode="after")
+    def _edges_rise(self) -> Templates:
+        if any(low >= high for low, high in zip(self.airmass_edges, self.airmass_edges[1:], strict=False)):
+            raise ValueError(f"templates.airmass_edges: expected rising numbers, found {self.airmass_edges}")
+        if self.fewest_visits > self.most_visits:
+            raise ValueError("templates.fewest_visits: expected at most templates.most_visits")
+        return self
+
+
 class Scheduler(_Model):
     """What the survey wants."""
 
@@ -421,6 +457,7 @@ class SiteConfig(_Model):
     ] = None
     scheduler: Annotated[Scheduler, Field(description="Survey and cadence.")] = Scheduler()
     prompt: Annotated[Prompt, Field(description="Prompt processing.")] = Prompt()
+    templates: Annotated[Templates, Field(description="Which visits make templates.")] = Templates()
     capture: Annotated[Capture, Field(description="Image writer.")] = Capture()
     archive: Annotated[Archive, Field(description="How archiving is led.")] = Archive()
     control: Annotated[Control, Field(description="Control systems.")] = Control()

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from dataclasses import field as value_of
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cumbre.core import geometry
+from cumbre.core.configuration import Observatory, Site
 from cumbre.core.errors import BadFileError, NotFoundError
 from cumbre.core.instrument import Detector, Instrument
 from cumbre.orchestration import provenance
@@ -155,15 +158,73 @@ def read_index(path: Path) -> list[dict[str, Any]]:
 
 
 def choose_template(
-    rows: list[dict[str, Any]], *, ra: float, dec: float, band: str, detector: str, reach_deg: float
+    rows: list[dict[str, Any]],
+    *,
+    ra: float,
+    dec: float,
+    band: str,
+    detector: str,
+    reach_deg: float,
+    airmass: float = math.nan,
+    obs_id: str = "",
 ) -> dict[str, Any] | None:
-    """Entry of this band and detector whose field is nearest to the pointing and within reach; None for none."""
-    fitting = [row for row in rows if row["band"] == band and row["detector"] == detector]
+    """Entry of this band and detector for a pointing; None for none.
+
+    Of the nearest field within reach: the newest one whose range of airmass holds the visit's, else one that is for no
+    particular airmass, else the nearest range. A template that the visit itself (``obs_id``) is part of is none for it.
+    """
+    fitting = [
+        row
+        for row in rows
+        if row["band"] == band and row["detector"] == detector and obs_id not in row.get("visits", ())
+    ]
     if not fitting:
         return None
     distance = geometry.separation_deg(ra, dec, [r["ra"] for r in fitting], [r["dec"] for r in fitting])
     nearest = int(np.argmin(distance))
-    return fitting[nearest] if distance[nearest] <= reach_deg else None
+    if distance[nearest] > reach_deg:
+        return None
+    there = [row for row in fitting if row["tile"] == fitting[nearest]["tile"]]
+    return min(there, key=lambda row: (_airmass_off(row, airmass), -float(row.get("made_tai", 0.0))))
+
+
+def _airmass_off(row: dict[str, Any], airmass: float) -> float:
+    """How far a visit's airmass lies off that of a template."""
+    if "airmass" not in row:
+        return 1e-6  # good for all, better for none
+    if not math.isfinite(airmass):
+        return 0.0
+    low, high = row["airmass"]
+    return max(float(low) - airmass, airmass - float(high), 0.0)
+
+
+def one_each(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of the entries of a field, band and detector the one for the lowest airmass, the newest of it."""
+    best: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for row in rows:
+        key = row["tile"], row["band"], row["detector"]
+        order = _airmass_off(row, 1.0), -float(row.get("made_tai", 0.0))
+        if key not in best or order < (_airmass_off(best[key], 1.0), -float(best[key].get("made_tai", 0.0))):
+            best[key] = row
+    return list(best.values())
+
+
+@lru_cache(maxsize=4)
+def _observatory(site: Path) -> Observatory | None:
+    try:
+        return Site.load(site).config.observatory
+    except NotFoundError:
+        return None
+
+
+def airmass_at(site: Path, tai_s: float, ra: float, dec: float) -> float:
+    """Airmass of a place at a time, for a site's observatory; NaN where there is no site."""
+    place = _observatory(site)
+    if place is None:
+        return math.nan
+    where = place.latitude_deg, place.longitude_deg
+    altitude, _, _ = geometry.horizontal_from_sky(tai_s, *where, ra, dec)
+    return float(geometry.airmass(altitude))
 
 
 class InputLoader:
@@ -180,8 +241,24 @@ class InputLoader:
         self._files[role] = kept.name
         return kept
 
-    def load(self, instrument: Instrument, detector: Detector, field: Field, band: str) -> Inputs:
+    def load(
+        self,
+        instrument: Instrument,
+        detector: Detector,
+        field: Field,
+        band: str,
+        *,
+        airmass: float = math.nan,
+        obs_id: str = "",
+    ) -> Inputs:
         """Read all inputs of one detector at one pointing.
+
+        Parameters
+        ----------
+        airmass
+            Of the visit, as far as it is known.
+        obs_id
+            The visit itself, when it was taken: a template that it is part of will not do.
 
         Raises
         ------
@@ -200,9 +277,20 @@ class InputLoader:
             return made
 
         calibrations = timed("calibrations", lambda: self.calibrations(instrument, detector, band))
-        tile, template = timed("template", lambda: self.template(instrument, detector, field, band))
+        tile, template = timed(
+            "template", lambda: self.template(instrument, detector, field, band, airmass, obs_id)
+        )
         reference = timed("reference", lambda: self.reference(field))
         return Inputs(field, band, calibrations, template, tile, reference, took, dict(self._files))
+
+    def load_for_template(
+        self, instrument: Instrument, detector: Detector, field: Field, band: str
+    ) -> Inputs:
+        """Calibrations and reference stars only."""
+        self._files = {}
+        calibrations = self.calibrations(instrument, detector, band)
+        reference = self.reference(field)
+        return Inputs(field, band, calibrations, None, "", reference, {}, dict(self._files))
 
     def calibrations(self, instrument: Instrument, detector: Detector, band: str) -> Any:
         """Calibrations of a detector in a band."""
@@ -213,9 +301,15 @@ class InputLoader:
         return self.cache.get(self._kept("calibrations", path), Calibrations.load)
 
     def template(
-        self, instrument: Instrument, detector: Detector, field: Field, band: str
+        self,
+        instrument: Instrument,
+        detector: Detector,
+        field: Field,
+        band: str,
+        airmass: float = math.nan,
+        obs_id: str = "",
     ) -> tuple[str, Any]:
-        """(Tile name, template) of a pointing; ("", None) when there is none."""
+        """(Tile name, template) of a pointing, with its version if it has one; ("", None) when there is none."""
         from cumbre.payloads.exposure_file import load_exposure
 
         index = self.site / "archive" / "templates" / "index.json"
@@ -229,13 +323,16 @@ class InputLoader:
             band=band,
             detector=detector.name,
             reach_deg=MATCH_CENTRE_PART * size,
+            airmass=airmass,
+            obs_id=obs_id,
         )
         if row is None:
             return "", None
         path = index.parent / row["path"]
         if not path.is_file():
             raise NotFoundError(f"template {path}: listed in {index}, but there is no such file")
-        return row["tile"], self.cache.get(self._kept("template", path), load_exposure)
+        name = f"{row['tile']} {row['version']}" if "version" in row else row["tile"]
+        return name, self.cache.get(self._kept("template", path), load_exposure)
 
     def reference(self, field: Field) -> Any:
         """Reference stars of the field."""

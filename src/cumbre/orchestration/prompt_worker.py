@@ -25,7 +25,7 @@ from cumbre.core.errors import (
 )
 from cumbre.core.instrument import Detector, Instrument, load_instrument
 from cumbre.core.time import Clock, mjd_from_seconds
-from cumbre.orchestration.inputs import Field, InputLoader, Inputs, read_index
+from cumbre.orchestration.inputs import Field, InputLoader, Inputs, airmass_at, read_index
 from cumbre.orchestration.provenance import write_record
 from cumbre.orchestration.raw_images import local_image
 
@@ -130,7 +130,9 @@ def preload(payload: dict[str, Any]) -> dict[str, Any]:
     detector = instrument.detector(payload["detector"])
     field = Field.predict(instrument, detector, visit["ra"], visit["dec"], rotation=visit["rotation"])
     band = instrument.filter(visit["filter"]).band
-    inputs = _loader(payload["site"]).load(instrument, detector, field, band)
+    begin_tai = visit["start_tai"]
+    airmass = airmass_at(Path(payload["site"]), begin_tai, visit["ra"], visit["dec"])
+    inputs = _loader(payload["site"]).load(instrument, detector, field, band, airmass=airmass)
     _prepared[visit["group_id"], detector.id] = inputs
     while len(_prepared) > MAX_PREPARED:
         _prepared.popitem(last=False)
@@ -142,7 +144,6 @@ def preload(payload: dict[str, Any]) -> dict[str, Any]:
     )
     inputs.wall_s["history"] = round(time.monotonic() - begun, 4)
     begun = time.monotonic()
-    begin_tai = visit["start_tai"]
     _known_objects(payload["dsn"], payload["site"]).near(
         field.centre_ra, field.centre_dec, field.radius_deg, mjd_from_seconds(begin_tai)
     )
@@ -207,7 +208,7 @@ def _process(payload: dict[str, Any]) -> dict[str, Any]:
         instrument, detector, raw.metadata.ra_deg, raw.metadata.dec_deg, rotation=raw.metadata.rotpa_deg
     )
     band = raw.metadata.band
-    inputs, is_late = _inputs(payload, visit, field, band=band, instrument=instrument, detector=detector)
+    inputs, is_late = _inputs(payload, visit, field, raw=raw)
     preloaded = {"note": inputs.describe(), "is_late": is_late}
     if inputs.template is None:
         raise NoWorkFoundError(
@@ -438,19 +439,18 @@ def _read_snaps(
 
 
 def _inputs(
-    payload: dict[str, Any],
-    visit: dict[str, Any] | None,
-    field: Field,
-    *,
-    band: str,
-    instrument: Instrument,
-    detector: Detector,
+    payload: dict[str, Any], visit: dict[str, Any] | None, field: Field, *, raw: RawDetector
 ) -> tuple[Inputs, bool]:
     """(Inputs, whether they were loaded only now): those prepared when they fit the image's own header."""
+    detector, about = raw.detector, raw.metadata
     if visit is not None:
         ready = _prepared.pop((visit["group_id"], detector.id), None)
         if ready is not None:
-            if ready.band == band and ready.field.is_near(field.ra, field.dec, field.rotation):
+            if ready.band == about.band and ready.field.is_near(field.ra, field.dec, field.rotation):
                 return ready, False
             log.warning("the image does not look where nextVisit said: prepared again")
-    return _loader(payload["site"]).load(instrument, detector, field, band), True
+    loader = _loader(payload["site"])
+    made = loader.load(
+        raw.instrument, detector, field, about.band, airmass=about.airmass, obs_id=about.obs_id
+    )
+    return made, True

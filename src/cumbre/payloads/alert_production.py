@@ -493,11 +493,12 @@ def _history(record: str, rows: Any) -> dict[int, Any]:
     }
 
 
-def _quality(exposure: Exposure, result: DifferenceResult, context: SourceContext) -> dict[str, Any]:
+def exposure_quality(exposure: Exposure, exposure_s: float) -> dict[str, float]:
+    """What calibration measured, by the names of ``Prompt.visitQuality``; what is not known is absent."""
     metrics = exposure.metrics
     zero_point = exposure.zero_point
-    if context.exposure_s > 0:
-        zero_point -= 2.5 * math.log10(context.exposure_s)
+    if exposure_s > 0:
+        zero_point -= 2.5 * math.log10(exposure_s)
     numbers = {
         "seeing": metrics.get("seeing_arcsec"),
         "zeroPoint": zero_point,
@@ -508,20 +509,22 @@ def _quality(exposure: Exposure, result: DifferenceResult, context: SourceContex
         "skyNoise": metrics.get("sky_noise_electrons"),
         "nStars": metrics.get("n_stars"),
         "astrometricRms": metrics.get("astrometric_rms_arcsec"),
-        "templateCoverage": result.metrics["template_coverage"],
         "maskedFraction": np.count_nonzero(exposure.mask & MaskPlane.unusable()) / exposure.mask.size,
         "psfEllipticity": ellipticity(exposure.psf) if isinstance(exposure.psf, PsfModel) else None,
         "limitingMagnitude": metrics.get("m5"),
-        "nSources": result.metrics["n_sources"],
     }
-    known = {k: float(v) for k, v in numbers.items() if v is not None and math.isfinite(float(v))}
+    return {k: float(v) for k, v in numbers.items() if v is not None and math.isfinite(float(v))}
+
+
+def _quality(exposure: Exposure, result: DifferenceResult, context: SourceContext) -> dict[str, Any]:
     out: dict[str, Any] = {
         "visit": context.visit,
         "detector": context.detector,
         "band": context.band,
-        **known,
+        **exposure_quality(exposure, context.exposure_s),
+        "templateCoverage": float(result.metrics["template_coverage"]),
+        "nSources": int(result.metrics["n_sources"]),
     }
-    for name in ("nStars", "nSources"):
-        if name in out:
-            out[name] = int(out[name])
+    if "nStars" in out:
+        out["nStars"] = int(out["nStars"])
     return out

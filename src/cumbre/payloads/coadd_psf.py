@@ -36,9 +36,13 @@ SPOILT = 0.3
 
 
 def match_inputs(
-    template: Exposure, images: NDArray[Any], variances: NDArray[Any], left_out: NDArray[np.uint8], shares: Sequence[float],
+    template: Exposure,
+    images: Sequence[NDArray[Any]],
+    variances: Sequence[NDArray[Any]],
+    left_out: NDArray[np.uint8],
+    shares: Sequence[float],
     widths: Sequence[float],
-) -> int:  # fmt: skip
+) -> int:
     """Average again with matched images, in place; variance, mask and depth stay as they are.
 
     Parameters
@@ -46,7 +50,7 @@ def match_inputs(
     template
         The plain mean; its pixels stand for those that an image lacks while that is convolved.
     images, variances
-        (n, ny, nx) on the template's grid and photometric scale.
+        n of (ny, nx) on the template's grid and photometric scale; each is asked for once or twice.
     left_out
         (n, ny, nx): 1 where a pixel has no part in the mean.
     shares

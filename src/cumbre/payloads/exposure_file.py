@@ -1,8 +1,8 @@
 """Exposures as files: one FITS file with image, variance, mask, PSF, WCS and numbers, written atomically.
 
-HDUs: primary (header only: WCS, zero point, metadata as JSON), IMAGE, VARIANCE, MASK, PSF (coefficients). The
-planes are stored whole and uncompressed: templates are read in the minute before a visit, and 4k x 4k planes
-then cost the disk's time only.
+HDUs: primary (header only: WCS, zero point, metadata as JSON), IMAGE, VARIANCE, MASK, DEPTH (of templates: images used
+at each pixel), PSF (coefficients). The planes are stored whole and uncompressed: templates are read in the minute before
+a visit, and 4k x 4k planes then cost the disk's time only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FORMAT = "CUMBRE-EXPOSURE-1"
 def save_exposure(exposure: Exposure, path: str | Path) -> None:
     """Write an exposure atomically.
 
-    Of the metadata numbers and texts are kept, and the table of the calibration's ``stars``.
+    Of the metadata numbers and texts are kept, the table of the calibration's ``stars``, and a template's ``depth``.
     """
     import fitsio
 
@@ -51,6 +51,9 @@ def save_exposure(exposure: Exposure, path: str | Path) -> None:
             "VARIANCE": exposure.variance,
             "MASK": exposure.mask,
         }
+        depth = exposure.metadata.get("depth")
+        if isinstance(depth, np.ndarray):
+            planes["DEPTH"] = depth
         if exposure.psf is not None:
             planes["PSF"] = exposure.psf.coefficients
         stars = exposure.metadata.get("stars")
@@ -72,6 +75,10 @@ def save_exposure(exposure: Exposure, path: str | Path) -> None:
                 fits["PSF"].write_key(key, value)
         content = bytes(fits.read_raw())
     write_atomic(Path(path), content)
+
+
+def _depth(fits: Any, names: list[str]) -> dict[str, Any]:
+    return {"depth": fits["DEPTH"].read()} if "DEPTH" in names else {}
 
 
 def _stars(fits: Any, names: list[str]) -> dict[str, Any]:
@@ -147,7 +154,7 @@ def load_exposure(path: str | Path) -> Exposure:
                 zero_point=float(header.get("MAGZERO", math.nan)),
                 zero_point_err=float(header.get("MAGZERR", math.nan)),
                 is_background_subtracted=bool(about["is_background_subtracted"]),
-                metadata=about["metadata"] | _stars(fits, names),
+                metadata=about["metadata"] | _stars(fits, names) | _depth(fits, names),
                 metrics=about["metrics"],
             )
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -30,7 +30,7 @@ FLOATS = (
 COUNTS = ("dipoleNPix", "trailNPix")
 FLAGS = ("flagDipoleFit", "flagTrailFit", "flagTrail", "flagTrailEdge")
 """A dipole, a trail was fitted; the trail's fit failed or says no more than a point; the trail is cut off."""
-MOST_DIPOLES, MOST_TRAILS = 60, 20
+MOST_DIPOLES, MOST_TRAILS = 50, 12
 """Sources of one image that are fitted, the most significant ones: a bad subtraction has hundreds of lobes."""
 LEAST_TRAIL_SNR = 8.0
 LONGER = 1.3
@@ -76,7 +76,9 @@ def fill(
     excess = sources["elongation"] / np.maximum(psf_elongation, 1.0)
     long = (excess > LONGER + 2.0 / np.maximum(sources["snr"], 1.0)) & (sources["snr"] > LEAST_TRAIL_SNR)
     struck = (sources["pixelFlagsCentre"] & (MaskPlane.CR | MaskPlane.SAT | MaskPlane.SAT_TEMPLATE)) > 0
-    bars = np.flatnonzero(long & ~sources["isDipole"] & inside & ~struck)[:MOST_TRAILS]
+    bars = np.flatnonzero(long & ~sources["isDipole"] & inside & ~struck)
+    # what no rule rejected comes first: residuals of bright stars are long, too
+    bars = bars[np.argsort(sources["reliability"][bars] == 0, kind="stable")][:MOST_TRAILS]
     if len(bars):
         _fill_trails(sources, bars, made, snr, (fwhm_px, variance_scale), to_sky)
 

@@ -266,5 +266,7 @@ def _write_index(site: Site, instrument: Instrument) -> None:
                             "path": str(path),
                         }
                     )
-    where.mkdir(parents=True, exist_ok=True)
-    _write_json(where / "index.json", rows)
+    from cumbre.orchestration.templates import update_index
+
+    # those made of the site's own visits stay
+    update_index(where, lambda known: [*rows, *(row for row in known if "version" in row)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,10 +102,11 @@ def make_release(site: Site, out: Path, name: str, *, progress: Callable[[int, i
 
 def _objects(index: Path, progress: Callable[[int, int], None]) -> dict[str, Any]:
     from cumbre.catalogs.columns import hpx29
+    from cumbre.orchestration.inputs import one_each, read_index
     from cumbre.payloads.exposure_file import load_exposure
     from cumbre.payloads.object_catalog import measure_objects, merge
 
-    entries = json.loads(index.read_text())
+    entries = one_each(read_index(index))
     parts = []
     for done, entry in enumerate(entries):
         progress(done, len(entries))

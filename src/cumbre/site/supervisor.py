@@ -17,18 +17,23 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import psutil
 
 from cumbre.core.configuration import Site
-from cumbre.core.errors import ConflictError, CumbreError, DeadlineError
+from cumbre.core.errors import ConflictError, CumbreError, DeadlineError, NotFoundError
 from cumbre.site.roles import roles_of
 from cumbre.site.runner import PARENT_VARIABLE, configure_logging
 from cumbre.site.runner import main as run_role
 from cumbre.stores.files import write_atomic
+
+if TYPE_CHECKING:
+    from cumbre.stores.postgres import Database
 
 log = logging.getLogger("cumbre")
 
@@ -283,6 +288,35 @@ def read_state(site: Site) -> dict[str, Any] | None:
     except (FileNotFoundError, json.JSONDecodeError):
         return None
     return state if alive(int(state["pid"])) else None
+
+
+@contextmanager
+def site_database_of_any(site: Site) -> Iterator[Database]:
+    """The database of a site that runs or not; its embedded server is started for the block where it does not run.
+
+    Raises
+    ------
+    NotFoundError
+        The site never ran.
+    """
+    from cumbre.stores.postgres import Database, EmbeddedPostgres
+
+    if site.config.database != "embedded":
+        yield Database(site.config.database)
+        return
+    folder = site.root / "postgres"
+    if not folder.is_dir():
+        raise NotFoundError(
+            f"{site.root}: it never ran, so nothing is archived; start it: cumbre up --site {site.root}"
+        )
+    postgres = EmbeddedPostgres(folder)
+    was_running = postgres.dsn_if_running() is not None
+    try:
+        yield Database(postgres.start())
+    finally:
+        # a site that was started meanwhile uses the server: it is left to it
+        if not was_running and read_state(site) is None:
+            postgres.stop()
 
 
 def alive(pid: int) -> bool:

@@ -248,6 +248,8 @@ class ImageCatalogue:
         camera = self.instruments[instrument]
         for entry in entries:
             image_id = f"{TEMPLATE}/{entry['tile']}/{entry['band']}_{entry['detector']}"
+            if "version" in entry:
+                image_id += f"_{entry['version']}"
             if image_id in known:
                 continue
             path = index.parent / entry["path"]

@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 _STEP_PX = 0.7
 """Distance of the points that a bar of light is summed up of."""
 _MOST_STEPS = 40
+_FREE_TRIES, _MOST_TRIES = 15, 40
+_ENOUGH = 1e-4
+"""Relative gain of a step after which there is no other; a fit that cannot be good need not be exact.
+
+Lobes that overlap have no end of their own: they are soon given up and fitted with the star's flux.
+"""
 _DIPOLE, _TRAIL = 0, 1
 
 
@@ -72,7 +78,8 @@ class Trails:
     """Bars of light; arrays of shape (n,).
 
     ``angle`` is in radians from +x to +y; ``covariance`` (n, 5, 5) of (flux, x, y, length, angle); ``chi2_point`` that of
-    a point source on the same pixels; ``is_cut`` where an end lies off the image or on unusable pixels.
+    a point source on the same pixels; ``is_cut`` where an end lies off the image or on unusable pixels, or the bar is longer
+    than what is fitted.
     """
 
     flux: NDArray[np.float64]
@@ -136,29 +143,44 @@ def _slope(plane, j, i, along_x):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _add(coefficients, x, y, factor, rows, stamp, plane):  # type: ignore[no-untyped-def]
-    """Add ``factor`` times the PSF at (x, y) from the window's centre."""
+def _add(stamp, x, y, factor, plane):  # type: ignore[no-untyped-def]
+    """Add ``factor`` times a stamp, whole pixels (x, y) from the window's centre."""
     side, n = stamp.shape[0], plane.shape[0]
-    ix, iy = int(np.floor(x + 0.5)), int(np.floor(y + 0.5))
-    move(coefficients, x - ix, y - iy, rows, stamp)
-    top, left = n // 2 - side // 2 + iy, n // 2 - side // 2 + ix
-    for j in range(side):
-        if 0 <= top + j < n:
-            for i in range(side):
-                if 0 <= left + i < n:
-                    plane[top + j, left + i] += factor * stamp[j, i]
+    top, left = n // 2 - side // 2 + y, n // 2 - side // 2 + x
+    for j in range(max(0, -top), min(side, n - top)):
+        for i in range(max(0, -left), min(side, n - left)):
+            plane[top + j, left + i] += factor * stamp[j, i]
 
 
 @njit(cache=True)
-def _dipole(values, coefficients, rows, stamp, planes, model, jacobian):  # type: ignore[no-untyped-def]
-    """Model and derivatives of (flux up, x, y, flux down, x, y)."""
+def _spot(coefficients, x, y, rows, stamp):  # type: ignore[no-untyped-def]
+    """The PSF moved to the fraction of (x, y); gives the whole pixels that are left."""
+    ix, iy = int(np.floor(x + 0.5)), int(np.floor(y + 0.5))
+    move(coefficients, x - ix, y - iy, rows, stamp)
+    return ix, iy
+
+
+@njit(cache=True)
+def _dipole(values, used, coefficients, rows, stamp, planes, model):  # type: ignore[no-untyped-def]
+    """Model of (flux up, x, y, flux down, x, y)."""
     n = model.shape[0]
     for lobe in range(2):
         planes[lobe, :, :] = 0.0
-        _add(coefficients, values[3 * lobe + 1], values[3 * lobe + 2], 1.0, rows, stamp, planes[lobe])
+        ix, iy = _spot(coefficients, values[3 * lobe + 1], values[3 * lobe + 2], rows, stamp)
+        _add(stamp, ix, iy, 1.0, planes[lobe])
     for j in range(n):
         for i in range(n):
-            model[j, i] = values[0] * planes[0, j, i] - values[3] * planes[1, j, i]
+            if used[j, i]:
+                model[j, i] = values[0] * planes[0, j, i] - values[3] * planes[1, j, i]
+
+
+@njit(cache=True)
+def _dipole_slopes(values, used, planes, jacobian):  # type: ignore[no-untyped-def]
+    n = used.shape[0]
+    for j in range(n):
+        for i in range(n):
+            if not used[j, i]:
+                continue
             for lobe in range(2):
                 sign = 1.0 - 2.0 * lobe
                 jacobian[3 * lobe, j, i] = sign * planes[lobe, j, i]
@@ -167,28 +189,41 @@ def _dipole(values, coefficients, rows, stamp, planes, model, jacobian):  # type
 
 
 @njit(cache=True)
-def _trail(values, coefficients, rows, stamp, planes, model, jacobian):  # type: ignore[no-untyped-def]
-    """Model and derivatives of (flux, x, y, length, angle)."""
+def _trail(values, used, coefficients, rows, stamp, planes, model):  # type: ignore[no-untyped-def]
+    """Model of (flux, x, y, length, angle)."""
     n = model.shape[0]
-    flux, x, y, length, angle = values[0], values[1], values[2], values[3], values[4]
-    ux, uy = np.cos(angle), np.sin(angle)
+    x, y, length = values[1], values[2], values[3]
+    ux, uy = np.cos(values[4]), np.sin(values[4])
     steps = min(max(2, int(np.ceil(length / _STEP_PX))), _MOST_STEPS)
     # points in a row scatter less than the bar they stand for
     wider = 1.0 / np.sqrt(1.0 - 1.0 / steps**2)
     planes[:, :, :] = 0.0
     for k in range(steps):
         at = ((k + 0.5) / steps - 0.5) * length * wider
-        _add(coefficients, x + at * ux, y + at * uy, 1.0 / steps, rows, stamp, planes[0])
-        _add(coefficients, x + at * ux, y + at * uy, at / steps, rows, stamp, planes[1])
+        ix, iy = _spot(coefficients, x + at * ux, y + at * uy, rows, stamp)
+        _add(stamp, ix, iy, 1.0 / steps, planes[0])
+        _add(stamp, ix, iy, at / steps, planes[1])
     for way in (-0.5, 0.5):
-        _add(coefficients, x + way * length * ux, y + way * length * uy, 0.5, rows, stamp, planes[2])
-    safe = max(length, 1e-3)
+        ix, iy = _spot(coefficients, x + way * length * ux, y + way * length * uy, rows, stamp)
+        _add(stamp, ix, iy, 0.5, planes[2])
     for j in range(n):
         for i in range(n):
-            sx, sy = _slope(planes[0], j, i, True), _slope(planes[0], j, i, False)
-            model[j, i] = flux * planes[0, j, i]
+            if used[j, i]:
+                model[j, i] = values[0] * planes[0, j, i]
+
+
+@njit(cache=True)
+def _trail_slopes(values, used, planes, jacobian):  # type: ignore[no-untyped-def]
+    n = used.shape[0]
+    flux, safe = values[0], max(values[3], 1e-3)
+    ux, uy = np.cos(values[4]), np.sin(values[4])
+    for j in range(n):
+        for i in range(n):
+            if not used[j, i]:
+                continue
             jacobian[0, j, i] = planes[0, j, i]
-            jacobian[1, j, i], jacobian[2, j, i] = -flux * sx, -flux * sy
+            jacobian[1, j, i] = -flux * _slope(planes[0], j, i, True)
+            jacobian[2, j, i] = -flux * _slope(planes[0], j, i, False)
             jacobian[3, j, i] = flux * (planes[2, j, i] - planes[0, j, i]) / safe
             across = uy * _slope(planes[1], j, i, True) - ux * _slope(planes[1], j, i, False)
             jacobian[4, j, i] = flux * across
@@ -206,11 +241,20 @@ def _cost(data, used, model):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _evaluate(kind, values, coefficients, rows, stamp, planes, model, jacobian):  # type: ignore[no-untyped-def]
+def _evaluate(kind, values, used, coefficients, rows, stamp, planes, model):  # type: ignore[no-untyped-def]
     if kind == _DIPOLE:
-        _dipole(values, coefficients, rows, stamp, planes, model, jacobian)
+        _dipole(values, used, coefficients, rows, stamp, planes, model)
     else:
-        _trail(values, coefficients, rows, stamp, planes, model, jacobian)
+        _trail(values, used, coefficients, rows, stamp, planes, model)
+
+
+@njit(cache=True)
+def _slopes(kind, values, used, planes, jacobian):  # type: ignore[no-untyped-def]
+    """Derivatives of the model that ``planes`` are of."""
+    if kind == _DIPOLE:
+        _dipole_slopes(values, used, planes, jacobian)
+    else:
+        _trail_slopes(values, used, planes, jacobian)
 
 
 @njit(cache=True)
@@ -258,12 +302,13 @@ def _fit(kind, values, data, variance, used, prior, prior_error, coefficients, r
     pull = mean_variance / prior_error**2 if prior_error > 0 else 0.0
     start = values.copy()
     trial = values.copy()
-    _evaluate(kind, values, coefficients, rows, stamp, planes, model, jacobian)
+    _evaluate(kind, values, used, coefficients, rows, stamp, planes, model)
     cost = _cost(data, used, model)
     if pull > 0:
         cost += pull * ((values[0] + values[3]) / 2 - prior) ** 2
     damping, is_ended = 1e-3, False
-    for _ in range(40):
+    for _ in range(_FREE_TRIES if kind == _DIPOLE and pull == 0.0 else _MOST_TRIES):
+        _slopes(kind, values, used, planes, jacobian)
         _normal(data, variance, used, model, jacobian, matrix, noise, right)
         if pull > 0:
             miss = prior - (values[0] + values[3]) / 2
@@ -288,7 +333,7 @@ def _fit(kind, values, data, variance, used, prior, prior_error, coefficients, r
                 trial[a] = min(max(trial[a], start[a] - reach), start[a] + reach)
             if kind == _TRAIL:
                 trial[3] = min(max(trial[3], 0.05), _STEP_PX * _MOST_STEPS)
-            _evaluate(kind, trial, coefficients, rows, stamp, planes, model, jacobian)
+            _evaluate(kind, trial, used, coefficients, rows, stamp, planes, model)
             new = _cost(data, used, model)
             if pull > 0:
                 new += pull * ((trial[0] + trial[3]) / 2 - prior) ** 2
@@ -298,14 +343,15 @@ def _fit(kind, values, data, variance, used, prior, prior_error, coefficients, r
             damping *= 6.0
         if not is_better:
             is_ended = True  # nothing near is better
-            _evaluate(kind, values, coefficients, rows, stamp, planes, model, jacobian)
+            _evaluate(kind, values, used, coefficients, rows, stamp, planes, model)
             break
         gain = cost - new
         values[:], cost = trial, new
         damping = max(damping * 0.2, 1e-7)
-        if gain < 1e-3 * mean_variance:
+        if gain < max(1e-3 * mean_variance, _ENOUGH * cost):
             is_ended = True
             break
+    _slopes(kind, values, used, planes, jacobian)
     _normal(data, variance, used, model, jacobian, matrix, noise, right)
     if pull > 0:
         for a in (0, 3):
@@ -470,7 +516,7 @@ def _fit_trails(  # type: ignore[no-untyped-def]
         values[3] = min(max(ahead + behind - radius / 3, radius / 4), longest)
         is_good, covariance, chi2, chi2_point, count = False, np.full((5, 5), np.nan), np.nan, np.nan, 0
         # the pixels follow the bar: once about the first guess, once about what came out
-        for _ in range(2):
+        for is_first in (True, False):
             ux, uy = np.cos(values[4]), np.sin(values[4])
             total = 0.0
             for j in range(n):
@@ -480,11 +526,14 @@ def _fit_trails(  # type: ignore[no-untyped-def]
                     if used[j, i]:
                         total += data[j, i]
             values[0] = total
+            if not is_first and not is_good:
+                break
             is_good, covariance = _fit(_TRAIL, values, data, var, used, 0.0, 0.0, coefficient, radius, work)
             chi2, count = _chi2(data, var, used, work[3])
         # the best point source on the same pixels
         work[2][0, :, :] = 0.0
-        _add(coefficient, values[1], values[2], 1.0, work[0], work[1], work[2][0])
+        ix, iy = _spot(coefficient, values[1], values[2], work[0], work[1])
+        _add(work[1], ix, iy, 1.0, work[2][0])
         up, down = 0.0, 0.0
         for j in range(n):
             for i in range(n):
@@ -493,7 +542,7 @@ def _fit_trails(  # type: ignore[no-untyped-def]
                     down += work[2][0, j, i] ** 2
         work[3][:, :] = work[2][0] * (up / max(down, 1e-300))
         chi2_point, _ = _chi2(data, var, used, work[3])
-        is_cut = False
+        is_cut = values[3] > 0.98 * longest
         for way in (-0.5, 0.5):
             x = int(np.floor(x0 + values[1] + way * values[3] * np.cos(values[4]) + 0.5))
             y = int(np.floor(y0 + values[2] + way * values[3] * np.sin(values[4]) + 0.5))
