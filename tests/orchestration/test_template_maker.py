@@ -172,7 +172,7 @@ def _dies(*_arguments, **_names):
 
 
 def test_commands(world, monkeypatch):
-    """What a user does, with the site's own rules: three visits at least."""
+    """What a user does, with rules of the site's own file."""
     site, _, _, database = world
     path = site.root / SITE_FILE
     text = path.read_text()

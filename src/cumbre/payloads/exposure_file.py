@@ -52,7 +52,7 @@ def save_exposure(exposure: Exposure, path: str | Path) -> None:
             "MASK": exposure.mask,
         }
         depth = exposure.metadata.get("depth")
-        if isinstance(depth, np.ndarray):
+        if isinstance(depth, np.ndarray) and depth.shape == exposure.shape:
             planes["DEPTH"] = depth
         if exposure.psf is not None:
             planes["PSF"] = exposure.psf.coefficients
