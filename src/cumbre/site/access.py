@@ -15,6 +15,7 @@ from cumbre.access.calibrations import FOLDER as CALIBRATIONS
 from cumbre.access.calibrations import CalibrationKeeper
 from cumbre.access.classes import UserClass
 from cumbre.access.engines import Engines
+from cumbre.access.http.butler import Butlers
 from cumbre.access.http.login import Login, PageGuard
 from cumbre.access.http.service import AccessService, Settings
 from cumbre.access.identity_local import CLIENT, KEY_FILE, USERS_FILE, LocalProvider, Users
@@ -23,6 +24,8 @@ from cumbre.access.images.catalogue import ImageCatalogue
 from cumbre.access.limits import Limits
 from cumbre.access.plan import PlanKeeper
 from cumbre.access.published import prepare, set_setting, site_tables
+from cumbre.access.released_butlers import FOLDER as RELEASED
+from cumbre.access.released_butlers import ReleasedButlers
 from cumbre.access.releases.registry import Releases
 from cumbre.access.snapshots import FOLDER as SNAPSHOTS
 from cumbre.access.snapshots import Snapshots
@@ -75,7 +78,7 @@ class SiteAccess:
         self.service = AccessService(
             root=site.root, db=db, tables=tables_of(site, db, clock, own), own=own, engines=Engines(db, scratch=scratch),
             catalogue=self.catalogue, authority=config.access.authority, settings=settings_of(site),
-            alerts=AlertArchive(db, site.path(ALERTS), clock),
+            alerts=AlertArchive(db, site.path(ALERTS), clock), butlers=self._butlers(),
         )  # fmt: skip
         if config.profile == "one-machine":
             self.service.identity.local_administrator(site.root)
@@ -86,6 +89,16 @@ class SiteAccess:
         self._making: threading.Thread | None = None
         self._upkeep_s = -UPKEEP_S
         self.service.start()
+
+    def _butlers(self) -> Butlers | None:
+        """The archive's repository and its released copies; None for a site without one."""
+        archive = self._site.config.places.get("archive")
+        self._released: ReleasedButlers | None = None
+        if archive is None or archive.repository is None:
+            return None
+        whole = self._site.path(archive.repository)
+        self._released = ReleasedButlers(whole, self._site.path(RELEASED), self.catalogue)
+        return Butlers(self._released.root)
 
     def _login(self) -> Login:
         """Logins with the provider of the configuration, read when somebody logs in; the built-in one without."""
@@ -145,6 +158,8 @@ class SiteAccess:
                 name = next(iter(self.catalogue.instruments))
                 count += self.catalogue.take_templates(index, name)
                 count += self._calibrations.step()
+                if self._released is not None:
+                    self._released.step()
                 self._snapshot()
         except CumbreError as error:
             log.warning("data access: %s", error)
@@ -172,6 +187,8 @@ class SiteAccess:
         self.service.close()
         if self._making is not None:
             self._making.join(5)
+        if self._released is not None:
+            self._released.close()
 
 
 def tables_of(site: Site, db: Database, clock: Clock, own: UserTables | None = None) -> Tables:

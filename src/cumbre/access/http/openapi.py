@@ -15,6 +15,7 @@ _TEXTS: dict[str, Any] = {"type": "array", "items": _TEXT, "minItems": 1}
 _COUNT: dict[str, Any] = {"type": "integer", "minimum": 0, "maximum": 10**9}
 _TABLES = tuple(form.media_type for form in FORMATS)
 _PLAIN = ("text/plain",)
+_JSON = ("application/json",)
 _VOTABLE = (VOTABLE_MIME,)
 _XML = (XML_MIME,)
 
@@ -118,6 +119,9 @@ _OPERATIONS = (
         {"alert": _COUNT, "RESPONSEFORMAT": {"type": "string", "enum": ["avro", "json"]}}, ("alert",),
         ("application/vnd.apache.avro", "application/json"), _PLAIN, ("get",),
     ),
+    _Operation("/butler/butler.yaml", "How a client of the middleware reaches the repository", {}, (), _JSON, _JSON, ("get",)),
+    _Operation("/butler/v1/dataset/{id}/download", "The file of a data set", {"id": _TEXT}, ("id",),
+               ("application/octet-stream",), _JSON, ("get",)),
     _Operation("/hips/hipslist", "Lists of HiPS", {}, (), _PLAIN, _PLAIN, ("get",)),
 )  # fmt: skip
 _ERRORS = {

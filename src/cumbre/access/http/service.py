@@ -28,6 +28,7 @@ from cumbre.access.http.base import (
     read_parameters,
     votable_error,
 )
+from cumbre.access.http.butler import ButlerFace, Butlers
 from cumbre.access.http.cone import Cone, cone_error
 from cumbre.access.http.examples import examples_for
 from cumbre.access.http.hips import Hips
@@ -116,6 +117,8 @@ class AccessService:
         Tables of users; without them there are none.
     alerts
         The archive of alerts; without it none are served.
+    butlers
+        Repositories for clients of the middleware; without them there is no Butler server.
     """
 
     def __init__(
@@ -130,6 +133,7 @@ class AccessService:
         own: UserTables | None = None,
         alerts: AlertArchive | None = None,
         settings: Settings | None = None,
+        butlers: Butlers | None = None,
     ) -> None:
         self.settings = settings or Settings()
         self.db, self.tables, self.engines = db, tables, engines
@@ -151,6 +155,11 @@ class AccessService:
             work[images.SERVICE] = self.images.work
         self.alerts = None if alerts is None else Alerts(alerts, db, self.identity, self.requests)
         self.hips = Hips(root / HIPS_FOLDER, self.requests)
+        self.butler = (
+            None
+            if butlers is None
+            else ButlerFace(butlers, self.identity, self.gate, self.requests, self.queries)
+        )
         self.own = None
         if own is not None:
             self.own = OwnTables(
@@ -176,6 +185,8 @@ class AccessService:
             self.runner.close()
         self.requests.shutdown(wait=False, cancel_futures=True)
         self.queries.shutdown(wait=False, cancel_futures=True)
+        if self.butler is not None:
+            self.butler.butlers.close()
 
     def routes(self) -> list[Route]:
         """Every route, to be mounted at the root of a server."""
@@ -185,6 +196,8 @@ class AccessService:
         if self.alerts is not None:
             endpoint = self.gate.endpoint(self.alerts.alert, scope="read:image")
             routes.append(Route("/alerts/{alert}", endpoint, methods=["GET"]))
+        if self.butler is not None:
+            routes += self.butler.routes()
         if self.own is not None:
             routes += self.own.routes(self.runner)
         return routes

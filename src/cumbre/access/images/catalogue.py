@@ -155,6 +155,13 @@ class ImageCatalogue:
             (now_tai - self._proprietary_s, now_tai - self._embargo_s),
         )
 
+    def horizons(self) -> tuple[float, float]:
+        """Up to which begin of exposure images are released: to everybody, to the collaboration; TAI seconds."""
+        ((public, collaboration),) = self._db.execute(
+            "SELECT public_tai, collaboration_tai FROM access.horizon"
+        )
+        return float(public), float(collaboration)
+
     def register(self, images: Iterable[Image]) -> int:
         """Store images or replace what is known of them; returns how many."""
         rows = [asdict(image) for image in images]
