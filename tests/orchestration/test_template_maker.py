@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from cumbre.bus import open_bus
 from cumbre.cli.template import template
 from cumbre.core.configuration import SITE_FILE, Templates
 from cumbre.core.errors import NotFoundError
@@ -161,6 +162,55 @@ def test_visits_become_templates_one_after_the_other(world, monkeypatch):
     finally:
         for path, other in hidden.items():
             other.rename(path)
+
+
+def test_what_prompt_processing_told_is_believed(world, tmp_path):
+    """Its numbers spare the calibration of those that are left out; what it could not use is none for a template."""
+    ids = [obs_id for obs_id, _ in VISITS]
+    archive(world, *ids)
+    bus = open_bus(f"sqlite:///{tmp_path / 'bus.db'}", identity="test", clock=Clock.real())
+    try:
+        for number, obs_id in enumerate(ids):
+            quality = {
+                "seeing": 0.8 + 0.8 * (number == 1),
+                "zeroPoint": 28.0,
+                "skyLevel": 600.0,
+                "limitingMagnitude": 24.0,
+            }
+            about = {"visit": ObsId.parse(obs_id).exposure_id, "detector": 0, "instrument": CAMERA.name}
+            bus.publish("Prompt.visitQuality", about | quality)
+        world[3].execute(
+            "INSERT INTO ledger.hop (obs_id, detector, hop, outcome, place, message, hop_tai, recv_tai)"
+            " VALUES (%s, 0, 'processed', 'UnprocessableData', 'archive', 'a double image', 1, 1)",
+            (ids[2],),
+        )
+        rules = Templates(fewest_visits=1, airmass_edges=[1.0, 2.9])
+        lines: list[str] = []
+        one = maker(world, lines, bus=bus, rules=rules)
+        (place,) = one.places()
+        (choice,) = one.decide(place).choices
+        assert lines == []  # nothing was calibrated
+        assert [c.obs_id for c in choice.chosen] == [f"{ids[0]}_{DETECTOR.name}"]
+        reasons = {r.obs_id[:20]: r.reason for r in choice.refused}
+        assert reasons[ids[1]].startswith("seeing 1.60 arcsec")
+        assert reasons[ids[2]] == "prompt processing: UnprocessableData: a double image"
+
+        # told to be good, but it can not be calibrated: left out, and the template is made of the others
+        world[3].execute("DELETE FROM ledger.hop WHERE hop = 'processed'")
+        file = world[1][ids[0]]
+        content = file.read_bytes()
+        file.write_bytes(content[:20000])
+        try:
+            one = maker(world, bus=bus, rules=rules)
+            (row,) = one.make(place)
+        finally:
+            file.write_bytes(content)
+    finally:
+        bus.close()
+    assert row["visits"] == [ids[2]]
+    refused = {r["name"][:20]: r["reason"] for r in one.store.versions(place, 1.0)[-1]["refused"]}
+    assert refused[ids[0]].startswith("BadFile: ")
+    assert refused[ids[1]].startswith("seeing 1.60 arcsec")
 
 
 class _Died(BaseException):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,13 +42,13 @@ def _maker(folder: Path, say: Callable[[str], None]) -> Iterator[TemplateMaker]:
         os.environ.setdefault(name, "1")
     from cumbre.core.instrument import load_instrument
     from cumbre.orchestration.template_maker import TemplateMaker
-    from cumbre.site.roles import open_site_clock
+    from cumbre.site.roles import open_site_bus, open_site_clock
     from cumbre.site.supervisor import site_database_of_any
 
     site = Site.load(folder)
     instrument = load_instrument(site.config.instruments[0])
-    with site_database_of_any(site) as database:
-        yield TemplateMaker(site, database, open_site_clock(site), instrument, say=say)
+    with site_database_of_any(site) as database, closing(open_site_bus(site, "template")) as bus:
+        yield TemplateMaker(site, database, open_site_clock(site), instrument, say=say, bus=bus)
 
 
 @template.command("list")

@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,9 @@ from cumbre.orchestration.templates import Place, StoredWarp, TemplateStore, one
 from cumbre.stores.files import sha256_of, write_atomic
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from cumbre.bus import Bus
     from cumbre.core.configuration import Site, Templates
     from cumbre.core.time import Clock
     from cumbre.payloads.exposure import Exposure
@@ -38,6 +42,9 @@ LEAST_OVERLAP = 0.1
 """Part of a template's grid that an image must cover to take part."""
 SURVEY = "survey.json"
 MEASURED = "measured"
+NEEDED = ("seeing", "zeroPoint", "skyLevel", "limitingMagnitude")
+QUALITY = (*NEEDED, "maskedFraction", "psfEllipticity", "astrometricRms")
+"""Fields of Prompt.visitQuality that the choice looks at; without the needed ones an image is measured here."""
 log = logging.getLogger(__name__)
 Say = Callable[[str], None]
 
@@ -47,6 +54,7 @@ class Frame:
     """One detector image of an archived visit."""
 
     obs_id: str
+    visit: int
     begin_tai: float
     exposure_s: float
     ra: float
@@ -54,6 +62,7 @@ class Frame:
     rotation: float
     band: str
     detector: str
+    problem: str
     raws: tuple[Path, ...]
 
 
@@ -81,6 +90,10 @@ class TemplateMaker:
         Called with a line for everything that takes a while.
     rules
         The site's when None.
+    bus
+        With the quality that prompt processing told; without it visits are calibrated to be measured.
+
+    The ledger is read once: a maker knows the visits that were there when it was asked first.
     """
 
     def __init__(
@@ -92,11 +105,13 @@ class TemplateMaker:
         *,
         say: Say,
         rules: Templates | None = None,
+        bus: Bus | None = None,
     ) -> None:
         self._site, self._db, self._clock, self._camera, self._say = site, db, clock, instrument, say
         self._rules = rules or site.config.templates
         self.store = TemplateStore(site.root)
         self._loader = InputLoader(site.root)
+        self._bus = bus
 
     # what there is
 
@@ -112,12 +127,16 @@ class TemplateMaker:
                 out[tile, frame.band, frame.detector] = place
         return [out[key] for key in sorted(out)]
 
+    @cached_property
     def _frames(self) -> list[Frame]:
         """Science images at the archive, the exposures of one visit together."""
         rows = self._db.query(
             "SELECT i.obs_id, i.begin_tai, i.exposure_s, i.ra, i.dec, i.rotation, i.band, h.detector_name, h.path,"
-            " coalesce(i.visit, i.exposure_id) AS visit"
+            " coalesce(i.visit, i.exposure_id) AS visit,"
+            " CASE WHEN p.outcome = 'UnprocessableData' THEN left(p.message, 300) END AS problem"
             " FROM ledger.image i JOIN ledger.hop h USING (obs_id)"
+            " LEFT JOIN ledger.hop p ON p.obs_id = h.obs_id AND p.detector = h.detector AND p.hop = 'processed'"
+            " AND p.place = 'archive'"
             " WHERE h.hop = 'at_archive' AND h.outcome = 'ok' AND i.instrument = %s AND h.detector >= 0"
             " AND upper(i.image_type) IN ('OBJECT', 'SCIENCE') AND i.ra IS NOT NULL AND i.dec IS NOT NULL"
             " AND i.band IS NOT NULL AND i.begin_tai IS NOT NULL ORDER BY i.begin_tai, i.obs_id",
@@ -125,20 +144,45 @@ class TemplateMaker:
         )
         visits: dict[tuple[Any, str], Frame] = {}
         for row in rows:
-            key = row["visit"], row["detector_name"]
+            key, path = (row["visit"], row["detector_name"]), Path(row["path"])
+            exposure_s = row["exposure_s"] or 0.0
+            problem = (
+                f"prompt processing: UnprocessableData: {row['problem']}"
+                if row["problem"] is not None
+                else ""
+            )
             if key in visits:
                 first = visits[key]
                 visits[key] = replace(
-                    first,
-                    raws=(*first.raws, Path(row["path"])),
-                    exposure_s=first.exposure_s + (row["exposure_s"] or 0.0),
-                )
+                    first, raws=(*first.raws, path), exposure_s=first.exposure_s + exposure_s,
+                    problem=first.problem or problem,
+                )  # fmt: skip
                 continue
             visits[key] = Frame(
-                row["obs_id"], float(row["begin_tai"]), float(row["exposure_s"] or 0.0), float(row["ra"]),
-                float(row["dec"]), float(row["rotation"] or 0.0), row["band"], row["detector_name"], (Path(row["path"]),),
+                row["obs_id"], int(row["visit"] or 0), float(row["begin_tai"]), float(exposure_s), float(row["ra"]),
+                float(row["dec"]), float(row["rotation"] or 0.0), row["band"], row["detector_name"], problem, (path,),
             )  # fmt: skip
         return list(visits.values())
+
+    @cached_property
+    def _by_band(self) -> dict[str, tuple[list[Frame], NDArray[np.float64], NDArray[np.float64]]]:
+        """Images of each band, and their pointings."""
+        out = {}
+        for band in {frame.band for frame in self._frames}:
+            mine = [frame for frame in self._frames if frame.band == band]
+            out[band] = mine, np.array([f.ra for f in mine]), np.array([f.dec for f in mine])
+        return out
+
+    @cached_property
+    def _told(self) -> dict[tuple[int, int], dict[str, float]]:
+        """Quality that prompt processing told, by visit and detector; the bus forgets it after some time."""
+        out: dict[tuple[int, int], dict[str, float]] = {}
+        for message in self._bus.replay(["Prompt.visitQuality"]) if self._bus is not None else ():
+            numbers = {name: message.fields[name] for name in QUALITY}
+            known = {name: float(value) for name, value in numbers.items() if math.isfinite(float(value))}
+            if set(NEEDED) <= set(known) and message.fields["instrument"] == self._camera.name:
+                out[int(message.fields["visit"]), int(message.fields["detector"])] = known
+        return out
 
     def _assigned(self) -> Iterator[tuple[str, float, float, Frame]]:
         """Every image with its field: of the survey, or named after the first pointing there."""
@@ -149,7 +193,7 @@ class TemplateMaker:
             else []
         )
         science = {d.name: d for d in self._camera.detectors if d.purpose == "SCIENCE"}
-        for frame in self._frames():
+        for frame in self._frames:
             detector = science.get(frame.detector)
             if detector is None:
                 continue
@@ -178,12 +222,10 @@ class TemplateMaker:
             self._camera, detector, place.ra, place.dec, 0.0, x.ravel(), y.ravel()
         )
         reach = 2 * geometry.field_radius_deg(self._camera)
+        frames, ras, decs = self._by_band.get(place.band, ([], np.zeros(0), np.zeros(0)))
+        near = geometry.separation_deg(ras, decs, place.ra, place.dec) <= reach
         out = []
-        for frame in self._frames():
-            if frame.band != place.band:
-                continue
-            if float(geometry.separation_deg(frame.ra, frame.dec, place.ra, place.dec)) > reach:
-                continue
+        for frame in (frames[k] for k in np.flatnonzero(near)):
             other = self._camera.detector(frame.detector)
             px, py = geometry.pixel_from_sky(
                 self._camera, other, frame.ra, frame.dec, frame.rotation, ra, dec
@@ -204,6 +246,8 @@ class TemplateMaker:
 
     def _candidate(self, place: Place, name: str, frame: Frame) -> Candidate:
         airmass = airmass_at(self._site.root, frame.begin_tai, frame.ra, frame.dec)
+        if frame.problem:
+            return Candidate(name, airmass, problem=frame.problem)
         if not self.store.warp_path(place, name).is_file() and not all(path.is_file() for path in frame.raws):
             return Candidate(name, airmass, problem="its raw file is not in the archive's cache any more")
         told = self._measured(place, frame)
@@ -218,18 +262,27 @@ class TemplateMaker:
         )  # fmt: skip
 
     def _measured(self, place: Place, frame: Frame) -> dict[str, Any]:
-        """Quality of an image: kept, or measured by calibrating it, which resamples it too."""
-        path = self.store.folder / MEASURED / frame.obs_id / f"{frame.detector}.json"
+        """Quality of an image: kept, told by prompt processing, or measured by calibrating it, which resamples it too."""
+        path = self._measured_path(place, frame)
         if path.is_file():
             known: dict[str, Any] = json.loads(path.read_bytes())
             if "problem" not in known or known["software"] == cumbre.__version__:
                 return known
+        told: dict[str, Any] | None = self._told.get((frame.visit, self._camera.detector(frame.detector).id))
+        if told is not None:
+            return self._keep(path, told)
         try:
-            _, told = self._resampled(place, frame)
+            return self._keep(path, self._resampled(place, frame)[1])
         except (TransientError, NotFoundError):
             raise
         except CumbreError as error:
-            told = {"problem": f"{error.outcome}: {error}", "software": cumbre.__version__}
+            return self._keep(path, _problem(error))
+
+    def _measured_path(self, place: Place, frame: Frame) -> Path:
+        folder = self.store.folder / MEASURED / place.tile / f"{place.band}_{place.detector}"
+        return folder / f"{frame.obs_id}_{frame.detector}.json"
+
+    def _keep(self, path: Path, told: dict[str, Any]) -> dict[str, Any]:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(told, allow_nan=False).encode())
         return told
@@ -249,6 +302,8 @@ class TemplateMaker:
 
     def _make(self, place: Place) -> list[dict[str, Any]]:
         decision = self.decide(place)
+        while not self._all_resampled(place, decision):
+            decision = self.decide(place)
         made, used = [], []
         for choice in decision.choices:
             known = self.store.versions(place, choice.low)
@@ -262,6 +317,19 @@ class TemplateMaker:
             used += [self._path(place, name) for name in names]
         self.store.drop_warps(place, used)
         return made
+
+    def _all_resampled(self, place: Place, decision: Decision) -> bool:
+        """Resample what was chosen; False when one could not be: that is kept, and the choice is another then."""
+        frames = {f"{f.obs_id}_{f.detector}": f for f in self._frames_of(place)}
+        for one in (one for choice in decision.choices for one in choice.chosen):
+            try:
+                self._resampled(place, frames[one.obs_id])
+            except (TransientError, NotFoundError):
+                raise
+            except CumbreError as error:
+                self._keep(self._measured_path(place, frames[one.obs_id]), _problem(error))
+                return False
+        return True
 
     def _path(self, place: Place, name: str) -> Path:
         return self.store.warp_path(place, name)
@@ -357,3 +425,7 @@ class TemplateMaker:
             "calibrations": inputs.files["calibrations"],
             "reference": inputs.files["reference"],
         }
+
+
+def _problem(error: CumbreError) -> dict[str, str]:
+    return {"problem": f"{error.outcome}: {error}", "software": cumbre.__version__}
