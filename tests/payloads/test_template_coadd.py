@@ -242,3 +242,8 @@ def test_depth_is_kept_in_the_file(tmp_path):
     assert depth.dtype == np.uint8
     assert depth[100, 100] == 2
     assert depth[100, 170] == 1
+
+
+def test_images_that_pixels_do_not_sample_stay_as_they_are():
+    visits = [field(fwhm, 1.0) for fwhm in (2.0, 3.2, 4.6)]
+    assert make_template(visits, WCS, (420, 420)).metrics["n_matched"] == 0
