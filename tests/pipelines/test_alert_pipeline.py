@@ -65,7 +65,9 @@ def world(tmp_path_factory):
     flat = np.ones(chip.shape, np.float32)
     defects = np.zeros(chip.shape, bool)
     defects[200:210, 300] = True
-    calibrations = Calibrations(flat=flat, defects=defects)
+    kernel = np.zeros((5, 5), np.float32)
+    kernel[1:4, 2], kernel[2, 1:4], kernel[2, 2] = -2e-7, -2e-7, -6e-7
+    calibrations = Calibrations(flat=flat, defects=defects, brighter_fatter=kernel)
     calibrations.save(root / "calibrations.fits")
     raw = take("XC_O_20261120_000012", NIGHT + 60)
     earlier = take("XC_O_20261010_000001", NIGHT - 38 * 86164.0905)
@@ -77,7 +79,7 @@ def world(tmp_path_factory):
         repository.ingest([RawFile(raw.path, raw.metadata)])
         files = [(root / "calibrations.fits", chip.name, "r")]
         when = {"valid_begin_tai": NIGHT - 1e6, "version": "v1"}
-        assert inputs.register_calibrations(repository, CAMERA, files, **when) == 2
+        assert inputs.register_calibrations(repository, CAMERA, files, **when) == 3
         assert inputs.register_calibrations(repository, CAMERA, files, **when) == 0
         assert inputs.register_reference(repository, reference, version="v1") > 0
         assert inputs.register_reference(repository, reference, version="v1") == 0
@@ -149,6 +151,12 @@ def test_the_pipeline_gives_what_the_prompt_payload_gives(world, butler):
     difference = get(butler, world, "difference_image")
     assert isinstance(difference, Exposure)
     assert np.allclose(difference.image, made.result.exposure.image, rtol=1e-3, atol=0.5)
+
+
+def test_charge_is_given_back_where_there_is_a_kernel(world, butler):
+    metrics = get(butler, world, "preliminary_visit_image").metrics
+    assert metrics["brighter_fatter_iterations"] >= 1
+    assert metrics["brighter_fatter_moved"] > 100
 
 
 def test_images_are_given_to_others_in_njy_with_their_sky(world, butler):

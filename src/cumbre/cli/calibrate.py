@@ -22,6 +22,11 @@ from cumbre.cli.main import print_json
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for the results."
 )
+@click.option(
+    "--brighter-fatter",
+    is_flag=True,
+    help="Measure the brighter-fatter kernel from pairs of the flats, and correct with it.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def calibrate(
     instrument: str,
@@ -29,6 +34,7 @@ def calibrate(
     flat: tuple[Path, ...],
     science: tuple[Path, ...],
     out: Path,
+    brighter_fatter: bool,
     as_json: bool,
 ) -> None:
     """Raw frames of a camera to calibrated images, with their own bias frames and flats.
@@ -56,6 +62,7 @@ def calibrate(
         science,
         out,
         instrument=load_instrument(instrument),
+        brighter_fatter=brighter_fatter,
         progress=None if as_json else _line,
     )
     if as_json:
@@ -82,6 +89,11 @@ def _summary(report: dict[str, Any], out: Path) -> None:
         noise = row["read_noise_adu"]
         text = f", read noise {noise} ADU" if noise else ""
         click.echo(f"bias, detector {row['detector']}: level {row['level_adu']} ADU{text}")
+    for row in report["brighter_fatter"]:
+        click.echo(
+            f"brighter-fatter, detector {row['detector']}: covariance of neighbours {row['neighbour_covariance']:.2e} ± "
+            f"{row['neighbour_covariance_err']:.1e} per electron, {row['pairs']} pairs"
+        )
     for row in report["refused"]:
         click.echo(f"▲ {row['file']}: {row['outcome']}: {row['message']}", err=True)
     click.echo(

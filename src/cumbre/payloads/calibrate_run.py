@@ -17,7 +17,13 @@ from numpy.typing import NDArray
 from cumbre.core.errors import CumbreError, NoWorkFoundError, UnprocessableDataError
 from cumbre.core.instrument import Instrument
 from cumbre.payloads.calibrate import calibrate
-from cumbre.payloads.calibration import Calibrations, combine_bias, combine_flat
+from cumbre.payloads.calibration import (
+    BrighterFatter,
+    Calibrations,
+    combine_bias,
+    combine_flat,
+    measure_brighter_fatter,
+)
 from cumbre.payloads.exposure import Exposure, MaskPlane
 from cumbre.payloads.exposure_file import save_exposure
 from cumbre.payloads.isr import assemble_and_correct, detector_planes
@@ -38,6 +44,7 @@ def run(
     out: Path,
     *,
     instrument: Instrument,
+    brighter_fatter: bool = False,
     progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Make master frames, apply them, measure stars, write everything into a folder.
@@ -48,14 +55,16 @@ def run(
         Raw files; flats are grouped by detector and filter.
     out
         Gets ``master_*.fits``, ``NAME.calibrated.fits`` and ``NAME.png`` a science frame, and ``report.json``.
+    brighter_fatter
+        Measure the brighter-fatter kernel of each detector from pairs of its flats, and correct with it.
     progress
         Called with the row of each science frame when it is done.
 
     Returns
     -------
     dict
-        The report: ``bias``, ``flats``, ``frames``, ``refused`` (file, outcome, message), ``seconds``. A file that
-        cannot be used is in ``refused`` and the others go on.
+        The report: ``bias``, ``flats``, ``brighter_fatter``, ``frames``, ``refused`` (file, outcome, message), ``seconds``.
+        A file that cannot be used is in ``refused`` and the others go on.
 
     Raises
     ------
@@ -76,7 +85,23 @@ def run(
     flats: dict[tuple[int, str], NDArray[np.float32]] = {}
     spectra: set[tuple[int, str]] = set()
     groups: dict[tuple[int, str], list[RawDetector]] = defaultdict(list)
-    for raw in _read_all(flat, instrument, refused):
+    lit = _read_all(flat, instrument, refused)
+    kernels: dict[int, NDArray[np.float32]] = {}
+    kernel_rows = []
+    for detector, raws in _by_detector(lit).items() if brighter_fatter else ():
+        try:
+            found = measure_brighter_fatter(raws, masters.get(detector))
+        except UnprocessableDataError as error:
+            refused.append(_refusal(raws[0].path, error))
+            continue
+        kernels[detector] = found.kernel
+        kernel_rows.append(_kernel_numbers(detector, found))
+        _save_master(
+            Calibrations(brighter_fatter=found.kernel),
+            out / f"master_brighter_fatter_{detector:03d}.fits",
+            raws,
+        )
+    for raw in lit:
         groups[raw.metadata.detector_id, raw.metadata.filter].append(raw)
     for (detector, name), raws in groups.items():
         try:
@@ -98,7 +123,7 @@ def run(
     frames = []
     for path in science:
         try:
-            row = _one(path, out, instrument, masters, flats, spectra)
+            row = _one(path, out, instrument, masters, flats, spectra, kernels)
         except CumbreError as error:
             refused.append(_refusal(path, error))
             row = refused[-1]
@@ -108,6 +133,7 @@ def run(
             progress(row)
     report = {
         "instrument": instrument.name, "bias": bias_rows, "flats": flat_rows, "frames": frames,
+        "brighter_fatter": kernel_rows,
         "refused": refused, "seconds": round(time.monotonic() - started, 2),
     }  # fmt: skip
     from cumbre.stores.files import write_atomic
@@ -123,6 +149,7 @@ def _one(
     masters: dict[int, NDArray[np.float32]],
     flats: dict[tuple[int, str], NDArray[np.float32]],
     spectra: set[tuple[int, str]],
+    kernels: dict[int, NDArray[np.float32]],
 ) -> dict[str, Any]:
     """One science frame: ISR, stars where there are any, files, numbers."""
     raw = read_raw(path, instrument)
@@ -133,7 +160,7 @@ def _one(
         raise UnprocessableDataError(
             f"{path}: no flat in filter {name!r} of detector {detector}; the flats given are in {known}"
         )
-    part = Calibrations(bias=masters.get(detector), flat=flat)
+    part = Calibrations(bias=masters.get(detector), flat=flat, brighter_fatter=kernels.get(detector))
     exposure = assemble_and_correct(raw, part)
     if flat is not None:
         dark = ~(flat > VIGNETTED_BELOW)
@@ -329,6 +356,14 @@ def _flat_numbers(raws: Sequence[RawDetector], made: NDArray[np.float32], name: 
         "detector": raws[0].metadata.detector_id, "filter": name, "files": [Path(raw.path).name for raw in raws],
         "level_adu": round(float(np.median([np.median(raw.amplifiers[0]) for raw in raws])), 1),
         "vignetted_fraction": round(float(np.mean(~(made > VIGNETTED_BELOW))), 4),
+    }  # fmt: skip
+
+
+def _kernel_numbers(detector: int, found: BrighterFatter) -> dict[str, Any]:
+    return {
+        "detector": detector, "pairs": found.n_pairs, "levels_electrons": [round(float(v), 1) for v in found.levels],
+        "neighbour_covariance": float(f"{found.neighbour:.4g}"),
+        "neighbour_covariance_err": float(f"{found.neighbour_err:.2g}"),
     }  # fmt: skip
 
 

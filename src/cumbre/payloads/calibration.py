@@ -18,15 +18,18 @@ if TYPE_CHECKING:
     from cumbre.payloads.raw import RawDetector
 
 FloatImage = NDArray[np.float32]
-PARTS = ("bias", "dark", "flat", "fringe", "defects")
+PARTS = ("bias", "dark", "flat", "fringe", "defects", "brighter_fatter")
+MOST_KERNEL_PX = 65
 FRINGE_SMOOTH_PX = 101
 """Sigma of what is background and not fringe."""
+PAIR_LEVELS = 0.03
+"""Relative difference of level up to which two flats make a pair."""
 _PLANES = tuple(name.upper() for name in PARTS)
 
 
 @dataclass(frozen=True, slots=True)
 class Calibrations:
-    """What is applied to a raw detector; each part may be absent (None). All have the detector's shape.
+    """What is applied to a raw detector; each part may be absent (None). Frames have the detector's shape.
 
     Attributes
     ----------
@@ -40,6 +43,8 @@ class Calibrations:
         float32, pattern of the night sky relative to its level (mean 0), of the flattened image.
     defects
         bool.
+    brighter_fatter
+        float32 (n, n), n odd: kernel of the brighter-fatter effect, per electron.
     metadata
         Text and numbers stored with it: instrument, detector, band, n_bias, n_flat, day_obs…
     """
@@ -49,6 +54,7 @@ class Calibrations:
     flat: FloatImage | None = None
     fringe: FloatImage | None = None
     defects: NDArray[np.bool_] | None = None
+    brighter_fatter: FloatImage | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def check(self, shape: tuple[int, int], where: str) -> None:
@@ -61,14 +67,23 @@ class Calibrations:
         """
         for name in PARTS:
             part = getattr(self, name)
-            if part is not None and part.shape != shape:
+            if part is None:
+                continue
+            if name == "brighter_fatter":
+                n = part.shape[0]
+                if part.shape != (n, n) or n % 2 == 0 or n > MOST_KERNEL_PX or not np.isfinite(part).all():
+                    raise UnprocessableDataError(
+                        f"{where}: the brighter-fatter kernel has the shape {part.shape}; expected finite numbers, odd "
+                        f"and square, at most {MOST_KERNEL_PX}"
+                    )
+            elif part.shape != shape:
                 raise UnprocessableDataError(
                     f"{where}: the {name} has the shape {part.shape}, the detector {shape}; "
                     "take calibrations of the same detector and read-out mode"
                 )
 
     def save(self, path: str | Path) -> None:
-        """Write one FITS file, HDUs BIAS, DARK, FLAT, FRINGE, DEFECTS as far as there are any; atomic."""
+        """Write one FITS file, HDUs BIAS, DARK, FLAT, FRINGE, DEFECTS, BRIGHTER_FATTER as far as there are any; atomic."""
         import fitsio
 
         from cumbre.stores.files import write_atomic
@@ -132,6 +147,27 @@ class Calibrations:
     def for_flat(self, flat: FloatImage | None) -> Calibrations:
         """The same with another flat (one bias serves all filters)."""
         return replace(self, flat=flat)
+
+
+@dataclass(frozen=True, slots=True)
+class BrighterFatter:
+    """A measured kernel.
+
+    Attributes
+    ----------
+    kernel
+        float32 (n, n), per electron.
+    n_pairs, levels
+        Pairs of flats, and their levels in electrons.
+    neighbour, neighbour_err
+        Covariance of nearest neighbours over the level's square, per electron.
+    """
+
+    kernel: FloatImage
+    n_pairs: int
+    levels: NDArray[np.float64]
+    neighbour: float
+    neighbour_err: float
 
 
 @njit(cache=True)
@@ -277,6 +313,52 @@ def combine_fringe(exposures: Sequence[Exposure]) -> FloatImage:
     pattern = np.median(np.stack(frames), axis=0).astype(np.float32)  # stars are never below the sky
     broad = cv2.GaussianBlur(pattern, (0, 0), FRINGE_SMOOTH_PX, borderType=cv2.BORDER_REFLECT)
     return np.asarray(pattern - broad, np.float32)
+
+
+def measure_brighter_fatter(raws: Sequence[RawDetector], bias: FloatImage | None = None) -> BrighterFatter:
+    """Kernel of the brighter-fatter effect from pairs of flats of one detector, of any filters and levels.
+
+    Frames that follow one another with levels within ``PAIR_LEVELS`` make a pair; what they have in common cancels.
+
+    Raises
+    ------
+    UnprocessableDataError
+        No pair, or the neighbours' covariance is not significant.
+    """
+    from cumbre.payloads.isr import detector_planes
+    from cumbre.payloads.kernels.brighter_fatter import kernel_of_covariances, pair_covariances, smooth_tail
+
+    _same_detector(raws, "brighter-fatter kernel")
+    found, before, n = [], None, 0
+    for raw in raws:
+        image, _, mask = detector_planes(raw, Calibrations(bias=bias))
+        level = _lit_median(image)
+        good = (mask == 0) & (image > 0.7 * level) & (image < 1.3 * level)
+        if before is None or abs(level / before[1] - 1) > PAIR_LEVELS:
+            before = image, level, good
+            continue
+        found.append(pair_covariances(image, before[0], good & before[2]))
+        before = None
+        n += 1
+    if not found:
+        raise UnprocessableDataError(
+            f"brighter-fatter kernel: no two of {len(raws)} flats of {raws[0].detector.name} that follow one another have "
+            f"levels within {PAIR_LEVELS:.0%}"
+        )
+    levels = np.array([level for level, *_ in found])
+    covariances = np.array([covariance for _, covariance, _ in found])
+    # of the nearest neighbours, relative to the level's square: the effect, and what noise alone would give
+    near = covariances[:, [0, 1], [1, 0]].mean(axis=1) / levels**2
+    errors = np.array([1 / (level * np.sqrt(2 * pairs)) for level, _, pairs in found])
+    weight = 1 / errors**2
+    mean, error = float(np.sum(near * weight) / weight.sum()), float(1 / np.sqrt(weight.sum()))
+    if not mean > 3 * error:
+        raise UnprocessableDataError(
+            f"brighter-fatter kernel: covariance of neighbours {mean:.2e} ± {error:.1e} per electron from {n} pairs of "
+            f"{raws[0].detector.name}; expected more than 3 sigma: more or brighter flats are needed"
+        )
+    kernel = kernel_of_covariances(levels, smooth_tail(levels, covariances)).astype(np.float32)
+    return BrighterFatter(kernel, n, levels, mean, error)
 
 
 def _lit_median(image: FloatImage) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from cumbre.core.instrument import Amplifier
 from cumbre.payloads.calibration import Calibrations
 from cumbre.payloads.exposure import Exposure, MaskPlane
 from cumbre.payloads.kernels import isr as kernel
+from cumbre.payloads.kernels.brighter_fatter import TOLERANCE_E
+from cumbre.payloads.kernels.brighter_fatter import correct as give_back
 from cumbre.payloads.raw import RawDetector, read_raw
 
 MJD_1970 = 40587.0
@@ -208,12 +211,27 @@ def describe(raw: RawDetector) -> dict[str, Any]:
     }
 
 
+def _with_brighter_fatter(
+    raw: RawDetector, calibrations: Calibrations, others: Sequence[RawDetector]
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.uint16], dict[str, float]]:
+    """:func:`detector_planes` with charge given back before the flat; and numbers of it."""
+    assert calibrations.brighter_fatter is not None
+    image, variance, mask = detector_planes(raw, replace(calibrations, flat=None), others=others)
+    # what a defect holds is no charge that pushed others
+    kernel.fill_bad_pixels(image, variance, mask, int(MaskPlane.BAD | MaskPlane.NO_DATA))
+    held = (mask & np.uint16(MaskPlane.SAT | MaskPlane.NO_DATA)) > 0
+    numbers = give_back(image, calibrations.brighter_fatter, held)
+    if calibrations.flat is not None:
+        kernel.divide_by_flat(image, variance, mask, calibrations.flat)
+    return image, variance, mask, {f"brighter_fatter_{name}": value for name, value in numbers.items()}
+
+
 def assemble_and_correct(raw: RawDetector, calibrations: Calibrations | None = None) -> Exposure:
     """Instrument signature removal.
 
     Overscan, saturation flags, crosstalk of other detectors, bias, linearity, crosstalk of its own amplifiers,
-    gain, variance, dark, flat, fringe, defects; saturated stars' neighbours are flagged too, and defects are filled
-    from their neighbours (flag INTRP).
+    gain, variance, dark, brighter-fatter effect (with a kernel only), flat, fringe, defects; saturated stars' neighbours
+    are flagged too, and defects are filled from their neighbours (flag INTRP).
 
     Parameters
     ----------
@@ -233,7 +251,16 @@ def assemble_and_correct(raw: RawDetector, calibrations: Calibrations | None = N
         The calibrations have another shape, or more than 90 % of the pixels are unusable.
     """
     others, missing = coupled_detectors(raw)
-    image, variance, mask = detector_planes(raw, calibrations, others=others)
+    told: dict[str, float] = {}
+    if calibrations is None or calibrations.brighter_fatter is None:
+        image, variance, mask = detector_planes(raw, calibrations, others=others)
+    else:
+        image, variance, mask, told = _with_brighter_fatter(raw, calibrations, others)
+        if told["brighter_fatter_last_change"] > TOLERANCE_E:
+            missing.append(
+                f"brighter-fatter correction: after {told['brighter_fatter_iterations']:.0f} iterations pixels still change "
+                f"by {told['brighter_fatter_last_change']:.2f} electrons"
+            )
     kernel.grow(mask, np.uint16(MaskPlane.SAT), 1)
     unusable = float(np.mean((mask & MaskPlane.unusable()) > 0))
     if unusable > 0.9:
@@ -249,6 +276,7 @@ def assemble_and_correct(raw: RawDetector, calibrations: Calibrations | None = N
         "saturated_pixels": float(np.count_nonzero(mask & MaskPlane.SAT)),
         "bad_fraction": unusable,
         "sky_adu": float(np.median(image[::7, ::7])) / metadata["gain"],
+        **told,
     }
     if calibrations is not None and calibrations.fringe is not None:
         metrics["fringe_electrons"] = subtract_fringe(image, mask, calibrations.fringe)

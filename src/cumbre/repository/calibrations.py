@@ -24,6 +24,7 @@ KINDS = {
     "flat": ("instrument", "detector", "physical_filter"),
     "fringe": ("instrument", "detector", "physical_filter"),
     "defects": ("instrument", "detector"),
+    "brighter_fatter": ("instrument", "detector"),
 }
 FOREVER_TAI = 4102444800.0
 """2100-01-01: the end of validity when none is given."""
@@ -54,7 +55,7 @@ def put_calibration(
     Parameters
     ----------
     kind
-        A key of ``KINDS``: ``bias``, ``dark``, ``flat``, ``fringe``, ``defects``.
+        A key of ``KINDS``: ``bias``, ``dark``, ``flat``, ``fringe``, ``defects``, ``brighter_fatter``.
     path
         FITS file.
     version

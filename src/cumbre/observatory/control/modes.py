@@ -64,7 +64,7 @@ class ClusterMode(_Model):
         ),
     ] = "alerts"
     corrections: Annotated[
-        list[Literal["bias", "dark", "flat", "fringe", "defects"]],
+        list[Literal["bias", "dark", "flat", "fringe", "defects", "brighter_fatter"]],
         Field(description="Calibrations that `isr` applies, beside overscan, linearity, crosstalk and gain."),
     ] = ["bias", "dark", "flat", "fringe", "defects"]
     psf: Annotated[bool, Field(description="`isr` measures the point spread function.")] = True

@@ -204,6 +204,22 @@ def correct(
 
 
 @njit(cache=True)
+def divide_by_flat(image, variance, mask, flat):  # type: ignore[no-untyped-def]
+    """Divide by the flat in place, with the flags that :func:`correct` sets, where something comes before it."""
+    for j in range(image.shape[0]):
+        for i in range(image.shape[1]):
+            f = flat[j, i]
+            if f < 0.5:
+                mask[j, i] |= VIGNETTED
+            if f < 0.1 or not f < 1e6:
+                mask[j, i] |= BAD | NO_DATA
+                image[j, i], variance[j, i] = np.float32(0), np.float32(1e20)
+            else:
+                image[j, i] /= f
+                variance[j, i] /= f * f
+
+
+@njit(cache=True)
 def _fill(image, variance, mask, bits, reach):  # type: ignore[no-untyped-def]
     ny, nx = image.shape
     for j in range(ny):

@@ -42,6 +42,7 @@ class IsrConnections(PipelineTaskConnections, dimensions=EXPOSURE_DETECTOR):  # 
     flat = _calibration("flat", "Response relative to the detector's median.")
     fringe = _calibration("fringe", "Pattern of the night sky, relative to its level.")
     defects = _calibration("defects", "Pixels that cannot be used.")
+    brighter_fatter = _calibration("brighter_fatter", "Kernel of the brighter-fatter effect, per electron.")
     exposure = Output(
         doc="Electrons with variance and mask, background included.",
         name="post_isr_image",
@@ -64,6 +65,9 @@ class IsrConfig(PipelineTaskConfig, pipelineConnections=IsrConnections):  # type
     do_flat = Field("Divide by the flat where there is one.", bool, default=True)
     do_fringe = Field("Subtract the fringe frame where there is one.", bool, default=True)
     do_defects = Field("Flag and fill the defects where there is a list of them.", bool, default=True)
+    do_brighter_fatter = Field(
+        "Give charge back that was pushed into neighbours, where there is a kernel.", bool, default=True
+    )
 
 
 class IsrTask(PipelineTask):  # type: ignore[misc]
