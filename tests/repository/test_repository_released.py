@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+from astropy.io import fits
 
 from cumbre.core.header import translate
 from cumbre.core.instrument import load_instrument
 from cumbre.core.time import isot
+from cumbre.repository.calibrations import put_calibration
 from cumbre.repository.released import ReleasedCopy
 from cumbre.repository.store import RawFile, create_repository
 
@@ -78,6 +81,32 @@ def test_identifiers_are_the_same_and_chains_come_too(repository, copy):
     everything = {ref.id for ref in whole.query_datasets("raw", collections=RAWS, explain=False)}
     assert len(mine) == 2
     assert mine < everything
+
+
+def test_calibrations_hold_when_they_do_in_the_whole_repository(repository, copy, tmp_path):
+    from lsst.daf.butler import Butler, CollectionType
+
+    def put(value, begin, end, version):
+        path = tmp_path / f"frame{value}.fits"
+        fits.PrimaryHDU(np.full((2, 2), value, np.float32)).writeto(path)
+        put_calibration(
+            repository, "bias", path, instrument="DemoCam", detector=1, valid_begin_tai=begin, valid_end_tai=end,
+            version=version,
+        )  # fmt: skip
+
+    def held(butler):
+        found = butler.registry.queryDatasetAssociations(
+            "bias", ..., collectionTypes={CollectionType.CALIBRATION}
+        )
+        return {(one.collection, one.ref.id, one.timespan) for one in found}
+
+    put(1, T0, T0 + 1000, "1")
+    for number in (2, 3):  # the second ends the first where it begins
+        copy.follow(T0 + 250, T0 + 1000 * number)
+        with Butler.from_config(str(copy.root)) as butler, Butler.from_config(str(repository.root)) as whole:
+            assert held(butler) == held(whole)
+            assert len(held(butler)) == number - 1
+        put(number, T0 + 500 * number, T0 + 9000, str(number))
 
 
 def test_collections_of_users_stay_theirs(repository, copy, tmp_path):

@@ -50,6 +50,9 @@ def status_of(site: Site) -> dict[str, Any]:
         urls |= {
             name: urls["web"] + name for name in ("tap", "sia", "soda", "datalink", "cone", "lightcurve")
         }
+        archive = site.config.places.get("archive")
+        if archive is not None and archive.repository is not None:
+            urls["butler"] = urls["web"] + "butler/"
     if site.config.bus.startswith("kafka://"):
         urls["kafka"] = site.config.bus
     return {

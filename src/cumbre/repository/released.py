@@ -141,9 +141,12 @@ class ReleasedCopy:
 
     @staticmethod
     def _collections(source: Butler, target: Butler) -> None:
-        """The chains of the whole repository, of what is here."""
+        """The chains of the whole repository, and what holds when in its calibrations, of what is here."""
         from lsst.daf.butler import CollectionType
 
+        for name in source.collections.query("*", collection_types={CollectionType.CALIBRATION}):
+            if not name.startswith(PRIVATE):
+                _certify(source, target, name)
         here = set(target.collections.query("*"))
         for info in source.collections.query_info("*", collection_types={CollectionType.CHAINED}):
             children = [name for name in info.children if name in here]
@@ -177,6 +180,36 @@ def _take(source: Butler, target: Butler, kind: DatasetType, refs: Sequence[Data
             record_validation_info=False,
         )  # fmt: skip
     return len(fresh)
+
+
+def _certify(source: Butler, target: Butler, collection: str) -> None:
+    """Make a calibration collection hold what it holds in the whole repository."""
+    from lsst.daf.butler import CollectionType, Timespan
+
+    def held(butler: Butler, kind: DatasetType) -> list[tuple[DatasetRef, Timespan]]:
+        found = butler.registry.queryDatasetAssociations(
+            kind, collection, collectionTypes={CollectionType.CALIBRATION}
+        )
+        return [(one.ref, one.timespan) for one in found if one.timespan is not None]
+
+    for kind in target.registry.queryDatasetTypes(...):
+        if not kind.isCalibration():
+            continue
+        wanted = held(source, kind)
+        here = {ref.id for ref in target.get_many_datasets([ref.id for ref, _ in wanted])}
+        wanted = [(ref, span) for ref, span in wanted if ref.id in here]
+        if wanted:
+            target.collections.register(collection, CollectionType.CALIBRATION)
+        elif collection not in target.collections.query("*"):
+            continue
+        now = held(target, kind)
+        if {(ref.id, span) for ref, span in now} == {(ref.id, span) for ref, span in wanted}:
+            continue
+        with target.transaction():
+            if now:
+                target.registry.decertify(collection, kind, Timespan(None, None))
+            for ref, span in wanted:
+                target.registry.certify(collection, [ref], span)
 
 
 def _looks(
