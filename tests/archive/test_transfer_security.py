@@ -484,3 +484,19 @@ def test_certificates_on_the_command_line(site: Site) -> None:
         CliRunner().invoke(
             certificates, ["--site", str(site.root), "--renew", "--place", "x"], catch_exceptions=False
         )
+
+
+def test_a_peer_that_goes_away_in_the_greeting_is_no_stranger(site, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def leave() -> None:
+            connection, _ = server.accept()
+            connection.recv(65536)
+            connection.close()
+
+        gone = threading.Thread(target=leave)
+        gone.start()
+        with pytest.raises(TransientError, match=r"no connection to .*: it was closed before") as told:
+            connect(server.getsockname(), timeout_s=5, security=Security.of(site, "summit"), target="base")
+        gone.join()
+    assert "not trusted" not in str(told.value)
