@@ -96,7 +96,7 @@ FLUXES = 10 ** np.linspace(3.8, 6.1, 15)
 
 def test_moments_of_stars_no_longer_follow_their_flux(kernel):
     light, places = stars(FLUXES)
-    collected = expose(light, steps=60)
+    collected = expose(light, steps=25)
     true, before = sizes(light, places), sizes(collected, places)
     assert collected.max() > 60000
     growth = before / true - 1
@@ -144,7 +144,7 @@ def test_kernel_of_flats_is_that_of_the_sensor(kernel):
     rng = np.random.default_rng(8)
     levels, covariances = [], []
     for mean in (60000, 80000, 80000, 80000, 80000, 80000):
-        pair = [expose(np.full((400, 400), float(mean)), rng, steps=6).astype(np.float32) for _ in range(2)]
+        pair = [expose(np.full((400, 400), float(mean)), rng, steps=4).astype(np.float32) for _ in range(2)]
         level, covariance, _ = bf.pair_covariances(*pair, np.ones((400, 400), bool))
         assert level == pytest.approx(mean, rel=0.001)
         # what neighbours share is missing from the variance: flats of a sensor like this look too quiet
@@ -161,14 +161,14 @@ def test_kernel_of_flats_is_that_of_the_sensor(kernel):
         )
     assert steps[1] == pytest.approx(steps[0], abs=0.1 * steps[0][0])
     light, places = stars(FLUXES)
-    collected = expose(light, steps=30)
+    collected = expose(light, steps=15)
     image = collected.astype(np.float32)
     bf.correct(image, found)
     true = sizes(light, places)
     growth, left = sizes(collected, places) / true - 1, sizes(image, places) / true - 1
     assert np.abs(left).max() < 0.25 * growth.max()
     # corrected flats have the variance of photons
-    one = expose(np.full((300, 300), 50000.0), rng, steps=6).astype(np.float32)
+    one = expose(np.full((300, 300), 50000.0), rng, steps=4).astype(np.float32)
     raw_variance = one.var()
     bf.correct(one, found)
     assert raw_variance < 0.97 * 50000
@@ -208,10 +208,10 @@ def test_calibrate_measures_the_kernel_and_applies_it(tmp_path):
     rng = np.random.default_rng(21)
     camera = instrument_from_mapping(CAMERA, "test")
     response = 1 + 0.1 * np.cos(np.arange(360) / 57.0)[None, :] * np.ones((360, 1))
-    flats = [write(tmp_path, k, "flat", expose(85000 * response, rng, steps=5), rng) for k in range(10)]
+    flats = [write(tmp_path, k, "flat", expose(85000 * response, rng, steps=4), rng) for k in range(10)]
     bias = [write(tmp_path, 20 + k, "bias", np.zeros((360, 360)), rng) for k in range(3)]
     light, places = stars(FLUXES[:-1], shape=(360, 360))
-    sky = write(tmp_path, 40, "sky", expose(rng.poisson(light) * response, steps=20), rng)
+    sky = write(tmp_path, 40, "sky", expose(rng.poisson(light) * response, steps=10), rng)
     reports = {}
     for mark in (False, True):
         out = tmp_path / f"out{mark}"

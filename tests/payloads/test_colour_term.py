@@ -27,7 +27,7 @@ def stars(rng, n, mean_colour, *, spread=0.35, scatter=0.015, outliers=0.04):
 def test_fitted_term_and_zero_point_have_the_errors_that_are_told():
     rng = np.random.default_rng(11)
     pulls = []
-    for _ in range(200):
+    for _ in range(120):
         flux, error, mag, colour = stars(rng, int(rng.integers(20, 150)), rng.uniform(0.3, 1.0))
         found = measure_zero_point(
             flux, error, mag, colour=colour, term=ColourTerm(bands=("g", "r"), pivot=0.5)
