@@ -20,7 +20,8 @@ _ENOUGH = 1e-4
 
 Lobes that overlap have no end of their own: they are soon given up and fitted with the star's flux.
 """
-DIPOLE, TRAIL = 0, 1
+N_DIPOLE, N_TRAIL = 6, 5
+"""Numbers of each model, which tell them apart: everything is compiled once for both."""
 
 
 @njit(cache=True)
@@ -169,17 +170,17 @@ def _cost(data, used, model):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _evaluate(kind, values, used, coefficients, rows, stamp, planes, model):  # type: ignore[no-untyped-def]
-    if kind == DIPOLE:
+def _evaluate(values, used, coefficients, rows, stamp, planes, model):  # type: ignore[no-untyped-def]
+    if values.size == N_DIPOLE:
         _dipole(values, used, coefficients, rows, stamp, planes, model)
     else:
         _trail(values, used, coefficients, rows, stamp, planes, model)
 
 
 @njit(cache=True)
-def _slopes(kind, values, used, planes, jacobian):  # type: ignore[no-untyped-def]
+def _slopes(values, used, planes, jacobian):  # type: ignore[no-untyped-def]
     """Derivatives of the model that ``planes`` are of."""
-    if kind == DIPOLE:
+    if values.size == N_DIPOLE:
         _dipole_slopes(values, used, planes, jacobian)
     else:
         _trail_slopes(values, used, planes, jacobian)
@@ -210,7 +211,7 @@ def _normal(data, variance, used, model, jacobian, matrix, noise, right):  # typ
 
 
 @njit(cache=True)
-def fit(kind, values, data, variance, used, prior, prior_error, coefficients, reach, work):  # type: ignore[no-untyped-def]
+def fit(values, data, variance, used, prior, prior_error, coefficients, reach, work):  # type: ignore[no-untyped-def]
     """Levenberg–Marquardt in place; (ended well, covariance). ``prior`` is of the mean of both lobes' fluxes."""
     rows, stamp, planes, model, jacobian = work
     m, n = values.size, data.shape[0]
@@ -230,13 +231,13 @@ def fit(kind, values, data, variance, used, prior, prior_error, coefficients, re
     pull = mean_variance / prior_error**2 if prior_error > 0 else 0.0
     start = values.copy()
     trial = values.copy()
-    _evaluate(kind, values, used, coefficients, rows, stamp, planes, model)
+    _evaluate(values, used, coefficients, rows, stamp, planes, model)
     cost = _cost(data, used, model)
     if pull > 0:
         cost += pull * ((values[0] + values[3]) / 2 - prior) ** 2
     damping, is_ended = 1e-3, False
-    for _ in range(_FREE_TRIES if kind == DIPOLE and pull == 0.0 else _MOST_TRIES):
-        _slopes(kind, values, used, planes, jacobian)
+    for _ in range(_FREE_TRIES if values.size == N_DIPOLE and pull == 0.0 else _MOST_TRIES):
+        _slopes(values, used, planes, jacobian)
         _normal(data, variance, used, model, jacobian, matrix, noise, right)
         if pull > 0:
             miss = prior - (values[0] + values[3]) / 2
@@ -256,12 +257,12 @@ def fit(kind, values, data, variance, used, prior, prior_error, coefficients, re
             for a in range(m):
                 trial[a] = values[a] + step[a, 0]
             for a in range(1, m):
-                if a == 3 or (a == 4 and kind == TRAIL):  # a flux or a length, an angle
+                if a == 3 or (a == 4 and values.size == N_TRAIL):  # a flux or a length, an angle
                     continue
                 trial[a] = min(max(trial[a], start[a] - reach), start[a] + reach)
-            if kind == TRAIL:
+            if values.size == N_TRAIL:
                 trial[3] = min(max(trial[3], 0.05), STEP_PX * MOST_STEPS)
-            _evaluate(kind, trial, used, coefficients, rows, stamp, planes, model)
+            _evaluate(trial, used, coefficients, rows, stamp, planes, model)
             new = _cost(data, used, model)
             if pull > 0:
                 new += pull * ((trial[0] + trial[3]) / 2 - prior) ** 2
@@ -271,7 +272,7 @@ def fit(kind, values, data, variance, used, prior, prior_error, coefficients, re
             damping *= 6.0
         if not is_better:
             is_ended = True  # nothing near is better
-            _evaluate(kind, values, used, coefficients, rows, stamp, planes, model)
+            _evaluate(values, used, coefficients, rows, stamp, planes, model)
             break
         gain = cost - new
         values[:], cost = trial, new
@@ -279,7 +280,7 @@ def fit(kind, values, data, variance, used, prior, prior_error, coefficients, re
         if gain < max(1e-3 * mean_variance, _ENOUGH * cost):
             is_ended = True
             break
-    _slopes(kind, values, used, planes, jacobian)
+    _slopes(values, used, planes, jacobian)
     _normal(data, variance, used, model, jacobian, matrix, noise, right)
     if pull > 0:
         for a in (0, 3):

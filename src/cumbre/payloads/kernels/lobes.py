@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from cumbre.payloads.kernels.lobe_fit import DIPOLE, MOST_STEPS, STEP_PX, TRAIL, add, fit, spot
+from cumbre.payloads.kernels.lobe_fit import MOST_STEPS, N_DIPOLE, N_TRAIL, STEP_PX, add, fit, spot
 from cumbre.payloads.kernels.shift import spline_coefficients
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def _fit_dipoles(  # type: ignore[no-untyped-def]
         np.empty((n, n)),
         np.empty((6, n, n)),
     )
-    values, reach = np.empty(6), int(np.ceil(radius))
+    values, reach = np.empty(N_DIPOLE), int(np.ceil(radius))
     for s in range(xs.size):
         x0, y0 = xs[s], ys[s]
         sign = 1.0 if snr[y0, x0] > 0 else -1.0
@@ -159,7 +159,7 @@ def _fit_dipoles(  # type: ignore[no-untyped-def]
                 near = _away(j, i, n, ax, ay, dx / apart, dy / apart, apart / 2) <= radius
                 used[j, i] = usable[j, i] and near
         is_good, covariance = fit(
-            DIPOLE, values, data, var, used, priors[s], prior_errors[s], coefficients[which[s]], radius, work
+            values, data, var, used, priors[s], prior_errors[s], coefficients[which[s]], radius, work
         )
         chi2, count = _chi2(data, var, used, work[3])
         out[s, :6] = values
@@ -214,7 +214,7 @@ def _fit_trails(  # type: ignore[no-untyped-def]
         np.empty((n, n)),
         np.empty((5, n, n)),
     )
-    values = np.empty(5)
+    values = np.empty(N_TRAIL)
     for s in range(xs.size):
         sign = 1.0 if snr[ys[s], xs[s]] > 0 else -1.0
         ux, uy = np.cos(angles[s]), np.sin(angles[s])
@@ -242,7 +242,7 @@ def _fit_trails(  # type: ignore[no-untyped-def]
             values[0] = total
             if not is_first and not is_good:
                 break
-            is_good, covariance = fit(TRAIL, values, data, var, used, 0.0, 0.0, coefficient, radius, work)
+            is_good, covariance = fit(values, data, var, used, 0.0, 0.0, coefficient, radius, work)
             chi2, count = _chi2(data, var, used, work[3])
         # the best point source on the same pixels
         work[2][0, :, :] = 0.0
