@@ -219,7 +219,9 @@ def connect(
             raise TransientError(f"{where} is {found}, expected {target}: nothing is sent there")
     except (ssl.SSLEOFError, ssl.SSLZeroReturnError) as error:
         connection.close()
-        raise TransientError(f"no connection to {where}: it was closed before both ends had said who they are") from error
+        raise TransientError(
+            f"no connection to {where}: it was closed before both ends had said who they are"
+        ) from error
     except ssl.SSLError as error:
         connection.close()
         raise TransientError(f"{where}: not trusted: {error}") from error
