@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from cumbre.bus import open_bus
 from cumbre.cli.template import template
 from cumbre.core.configuration import SITE_FILE, Templates
-from cumbre.core.errors import NotFoundError
+from cumbre.core.errors import NotFoundError, UserError
 from cumbre.core.ids import ObsId
 from cumbre.core.time import Clock
 from cumbre.ledger import schema
@@ -244,6 +244,8 @@ def test_commands(world, monkeypatch):
         (row,) = json.loads(out)
         assert code == 0
         assert row["ranges"][0]["refused"][0]["reason"] == "good, one of 1: at least 2 make a template"
+        with pytest.raises(UserError, match=r"is of field Tee; expected T$"):
+            call("make", "--tile", "T", "--tile", "Tee")
         database.execute("UPDATE ledger.image SET image_type = 'OBJECT'")
         code, out = call("make", "--json")
         told = json.loads(out)

@@ -76,7 +76,7 @@ def list_templates(
     \b
     Examples:
       cumbre template list --site ./site
-      cumbre template list --site ./site --tile tile-002 --band r --inputs
+      cumbre template list --site ./site --tile T002 --band r --inputs
       cumbre template list --site ./site --all --json
     """
     from cumbre.orchestration.templates import TemplateStore
@@ -159,7 +159,7 @@ def choose(
     \b
     Examples:
       cumbre template choose --site ./site --band r
-      cumbre template choose --site ./site --tile tile-002 --json
+      cumbre template choose --site ./site --tile T002 --json
     """
     out: list[dict[str, Any]] = []
     with _maker(folder, lambda text: click.echo(text, err=True)) as maker:
@@ -200,7 +200,7 @@ def make(
     \b
     Examples:
       cumbre template make --site ./site
-      cumbre template make --site ./site --tile tile-002 --band r --json
+      cumbre template make --site ./site --tile T002 --band r --json
     """
     from cumbre.core.errors import CumbreError
 

@@ -19,7 +19,7 @@ import numpy as np
 
 import cumbre
 from cumbre.core import geometry
-from cumbre.core.errors import CumbreError, NotFoundError, NoWorkFoundError, TransientError
+from cumbre.core.errors import CumbreError, NotFoundError, NoWorkFoundError, TransientError, UserError
 from cumbre.core.geometry import approximate_wcs
 from cumbre.core.instrument import Detector, Instrument
 from cumbre.orchestration.inputs import MATCH_CENTRE_PART, Field, InputLoader, airmass_at
@@ -118,9 +118,25 @@ class TemplateMaker:
     def places(
         self, *, tiles: Sequence[str] = (), bands: Sequence[str] = (), detectors: Sequence[str] = ()
     ) -> list[Place]:
-        """Fields, bands and detectors with archived visits; empty filters let everything through."""
-        out = {}
-        for tile, ra, dec, frame in self._assigned():
+        """Fields, bands and detectors with archived visits; empty filters let everything through.
+
+        Raises
+        ------
+        UserError
+            No visit is of such a field, band or detector; the message lists those that there are.
+        """
+        out, assigned = {}, list(self._assigned())
+        for what, asked_for, known in (
+            ("field", tiles, {tile for tile, *_ in assigned}),
+            ("band", bands, {frame.band for *_, frame in assigned}),
+            ("detector", detectors, {frame.detector for *_, frame in assigned}),
+        ):
+            strange = sorted(set(asked_for) - known)
+            if strange and known:
+                raise UserError(
+                    f"no visit at the archive is of {what} {', '.join(strange)}; expected {', '.join(sorted(known))}"
+                )
+        for tile, ra, dec, frame in assigned:
             place = Place(tile, ra, dec, frame.band, frame.detector)
             asked = ((tiles, tile), (bands, frame.band), (detectors, frame.detector))
             if all(not wanted or value in wanted for wanted, value in asked):
