@@ -65,13 +65,17 @@ def _combine(  # type: ignore[no-untyped-def]
                 bits |= bits_k & any_bits
                 m += 1
             if m == 0:
-                # nothing good: say why (saturated in all), and keep the mean where there is light at all
-                total, count = 0.0, 0
+                # nothing good: say why (saturated in all), and keep the mean where there is light at all, with a
+                # variance: without one resampling would make a hole of it and of all around, and spread the hole
+                total, noise, count = 0.0, 0.0, 0
                 for k in range(n):
                     if not masks[k, j, i] & 256:
                         total += images[k, j, i]
+                        noise += variances[k, j, i]
                         count += 1
                 image[j, i] = total / count if count else 0.0
+                if count:
+                    variance[j, i] = noise / count
                 mask[j, i] = common | 256 if count == 0 else common | 1
                 continue
             if m >= 3:
