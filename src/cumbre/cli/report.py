@@ -45,7 +45,7 @@ def report() -> None:
 @click.option(
     "--published",
     is_flag=True,
-    help="The figures of the documentation: skies 305 and 306 with the demonstration camera, 403 with a 4k sensor.",
+    help="The figures of the documentation: skies 309 and 310 with the demonstration camera, 405 with a 4k sensor.",
 )
 @click.option(
     "--usual", is_flag=True, help="As many transients as a demonstration night has, not three times more."
