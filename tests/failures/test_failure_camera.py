@@ -23,6 +23,9 @@ def test_a_sensor_without_data_is_left_out_and_the_others_go_on(running):
     running.nothing_is_lost([obs_id])
     manifest = next(running.site.path("archive/raw").rglob(f"{obs_id}_expectedSensors.json"))
     assert "R00_S01" not in json.loads(manifest.read_text())["expectedSensors"]
+    # nor does anybody miss it: the writer looked for what the camera read, not for what it has
+    silent = running.instrument.detector("R00_S01").id
+    assert silent not in {hop["detector"] for hop in running.hops(obs_id, "written")}
 
 
 def test_garbage_of_a_sensor_is_archived_as_it_came(running):
