@@ -54,6 +54,7 @@ def test_written_model_gives_the_same_scores_and_bytes(network, examples, tmp_pa
     assert model.scores(examples.inputs[:50]) == pytest.approx(network.scores(examples.inputs[:50]), abs=1e-5)
     assert model.covers(fwhm_px=2.0, noise_correlation=1.0)
     assert not model.covers(fwhm_px=4.0, noise_correlation=1.0)
+    assert not model.covers(fwhm_px=2.0, noise_correlation=1.0, psf_residual=0.014)
 
 
 def test_orientation_does_not_matter(network, examples):

@@ -176,7 +176,9 @@ def process_pair(
     version = classify.VERSION
     if config.classifier == "network":
         model = realbogus.load_model()
-        if model.covers(fwhm_px=fwhm, noise_correlation=scale):
+        measured = [psf.residual for psf in (made.science_psf, made.template_psf) if psf.n_stars]
+        inexact = min(measured, default=np.inf)
+        if model.covers(fwhm_px=fwhm, noise_correlation=scale, psf_residual=inexact):
             version = model.version
             sources["reliability"] = model.scores(described.inputs)
     sources["reliability"][features[:, -1] > 0] = 0.0
