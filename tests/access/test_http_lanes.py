@@ -35,10 +35,11 @@ class Query(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        with self.lanes.place(self.stop.set) as pushed_out:
+        with self.lanes.place(self.stop.set) as place:
+            self.place = place
             self.inside.set()
             self.stop.wait(60)
-            self.was_pushed_out = pushed_out.is_set()
+            self.was_pushed_out = place.pushed_out.is_set()
 
 
 def test_a_long_query_goes_only_for_those_who_wait():
@@ -62,6 +63,35 @@ def test_a_long_query_goes_only_for_those_who_wait():
     for query in (fourth, fifth):
         query.stop.set()
         query.join(20)
+
+
+def test_long_queries_stand_back_while_short_ones_run(monkeypatch):
+    monkeypatch.setattr(stream, "GIVEN_S", 60.0)
+    lanes = Lanes(2, 2)
+    long = Query(lanes)
+    assert long.inside.wait(20)
+    deadline = time.monotonic() + 20
+    while not long.place.is_slow:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    monkeypatch.setattr(stream, "QUICK_S", 60.0)
+    # alone it works on at once, however long it worked
+    begin = time.monotonic()
+    long.place.give_way()
+    assert time.monotonic() - begin < 20
+    short = Query(lanes)
+    assert short.inside.wait(20)
+    short.place.give_way()  # a short one never waits
+    long.place._since -= 100.0
+    went_on = threading.Event()
+    waiting = threading.Thread(target=lambda: (long.place.give_way(), went_on.set()), daemon=True)
+    waiting.start()
+    assert not went_on.wait(0.3)
+    short.stop.set()
+    assert went_on.wait(20)  # when the short one has ended, not after a minute
+    long.stop.set()
+    for thread in (short, long, waiting):
+        thread.join(20)
 
 
 def test_who_has_to_go_is_told_to_come_again(world):

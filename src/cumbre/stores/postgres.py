@@ -29,7 +29,7 @@ __all__ = ["Database", "EmbeddedPostgres", "describe_error", "qualified"]
 
 type Parameters = Sequence[Any] | Mapping[str, Any] | None
 type Connection = psycopg.Connection[tuple[Any, ...]]
-_IDLE = 4
+_IDLE = 16
 
 
 def qualified(name: str) -> sql.Identifier:
@@ -162,11 +162,15 @@ class Database:
             if self._pid != os.getpid():  # after a fork the parent's connections are not ours to use or close
                 self._parents = self._idle
                 self._idle, self._pid = [], os.getpid()
-            while self._idle:
+        while True:
+            with self._lock:
+                if not self._idle:
+                    break
                 link = self._idle.pop()
-                if not link.closed and not _has_news(link):
-                    return link
-                link.close()
+            # Asking the system lets other threads run: with the lock held all would stand behind this one.
+            if not link.closed and not _has_news(link):
+                return link
+            link.close()
         return psycopg.connect(
             self.dsn, application_name=self._application, connect_timeout=10, prepare_threshold=5
         )

@@ -5,6 +5,9 @@ place there to others and goes on in the slow lane. So a short query hardly wait
 lane is full too, and others wait, a query that had its quick place for some seconds ends with a word about
 asynchronous jobs. Not before: on a busy machine short queries last longer than a second, and waiting is better than
 failing.
+
+All threads share one interpreter. What is long gives way, between its blocks, to what is short: while queries of the
+quick lane run, one of the slow lane works a tenth of the time.
 """
 
 from __future__ import annotations
@@ -26,8 +29,32 @@ BLOCKS_AHEAD = 8
 QUICK_S = 1.0
 PATIENCE_S = 5.0
 QUEUE_S = 30.0
+GIVEN_S = 1.0
+"""Longest that a long query stands back before one block."""
 LEFT_S = 0.25
 """How often a waiting answer looks whether its client is still there."""
+
+
+class Place:
+    """What a query holds while it is answered.
+
+    Attributes
+    ----------
+    pushed_out
+        Set when its work was stopped for want of a place.
+    """
+
+    def __init__(self, lanes: Lanes) -> None:
+        self._lanes = lanes
+        self.pushed_out = threading.Event()
+        self.is_slow = False
+        self._since = time.monotonic()
+
+    def give_way(self) -> None:
+        """Stand back nine times as long as it worked, a second at most, and only while short queries run."""
+        if self.is_slow:
+            self._lanes.wait_for_quick(min(9 * (time.monotonic() - self._since), GIVEN_S))
+        self._since = time.monotonic()
 
 
 class Lanes:
@@ -43,9 +70,22 @@ class Lanes:
         self._quick, self._slow = threading.Semaphore(quick), threading.Semaphore(slow)
         self._lock = threading.Lock()
         self._waiting = 0
+        self._running_quick = 0
+        self._quick_ended = threading.Condition()
+
+    def wait_for_quick(self, at_most_s: float) -> None:
+        """Wait until no query of the quick lane runs."""
+        with self._quick_ended:
+            self._quick_ended.wait_for(lambda: self._running_quick == 0, at_most_s)
+
+    def _count_quick(self, change: int) -> None:
+        with self._quick_ended:
+            self._running_quick += change
+            if self._running_quick == 0:
+                self._quick_ended.notify_all()
 
     @contextmanager
-    def place(self, cancel: Callable[[], None]) -> Iterator[threading.Event]:
+    def place(self, cancel: Callable[[], None]) -> Iterator[Place]:
         """Hold a place while the block runs.
 
         Parameters
@@ -55,8 +95,8 @@ class Lanes:
 
         Yields
         ------
-        threading.Event
-            Set when the work was stopped for want of a place.
+        Place
+            Tells when the work was stopped for want of a place.
 
         Raises
         ------
@@ -64,7 +104,8 @@ class Lanes:
             No place came free in time.
         """
         self._enter()
-        lock, held, pushed_out, over = threading.Lock(), self._quick, threading.Event(), threading.Event()
+        lock, held, place, over = threading.Lock(), self._quick, Place(self), threading.Event()
+        self._count_quick(1)
 
         def promote() -> None:
             nonlocal held
@@ -74,11 +115,12 @@ class Lanes:
                     if over.is_set():
                         return
                     if self._slow.acquire(blocking=False):
-                        held = self._slow
+                        held, place.is_slow = self._slow, True
                         self._quick.release()
+                        self._count_quick(-1)
                         return
                 if self._waiting and time.monotonic() - begin > PATIENCE_S - QUICK_S:
-                    pushed_out.set()
+                    place.pushed_out.set()
                     cancel()
                     return
                 over.wait(0.2)
@@ -87,12 +129,14 @@ class Lanes:
         timer.daemon = True
         timer.start()
         try:
-            yield pushed_out
+            yield place
         finally:
             timer.cancel()
             with lock:
                 over.set()
                 held.release()
+                if not place.is_slow:
+                    self._count_quick(-1)
 
     def _enter(self) -> None:
         """Take a place in the quick lane."""

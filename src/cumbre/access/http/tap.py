@@ -196,7 +196,12 @@ class Tap:
         pipe = Pipe(asyncio.get_running_loop())
 
         def work(pipe: Pipe) -> None:
-            with self.lanes.place(stop) as pushed_out:
+
+            def write(block: bytes | bytearray | memoryview) -> int:
+                place.give_way()
+                return pipe.write(block)
+
+            with self.lanes.place(stop) as place:
                 try:
                     uploads = {name: read_table(content, name) for name, content in (files or {}).items()}
                     result = self.start(question, who, self.allowed.sync_limits(who), uploads, stop.told)
@@ -204,16 +209,16 @@ class Tap:
                         result.columns = tuple(describe(column) for column in result.columns)
                     stop.watch(result)
                     told = [*services, *next_steps(request, result.columns)]
-                    status = self._write(result, question, pipe.write, told)
+                    status = self._write(result, question, write, told)
                 except QueryCancelledError:
-                    if pushed_out.is_set():
+                    if place.pushed_out.is_set():
                         raise _no_place() from None
                     raise
                 finally:
                     stop.watch(None)
             self.identity.audit(who, "query", question.adql, status.partition(":")[0])
             if status.startswith("ERROR") and not pipe.flushed:
-                if pushed_out.is_set():
+                if place.pushed_out.is_set():
                     raise _no_place()
                 raise QueryFailedError(status.partition(":")[2].strip())
 
