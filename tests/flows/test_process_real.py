@@ -224,8 +224,7 @@ def test_different_sizes_nan_pixels_and_bz2(tmp_path):
     summary = run([tmp_path / "s.fits.bz2"], [tmp_path / "r.fits"], tmp_path / "out")
     assert summary["has_wcs"] is False
     table = pq.read_table(tmp_path / "out" / "sources.parquet").to_pylist()
-    # a peak of noise at the threshold of detection may look like a source
-    good = [s for s in table if s["reliability"] >= 0.5 and s["snr"] > 6]
+    good = [s for s in table if s["reliability"] >= 0.5]
     assert len(good) == 1
     assert np.hypot(good[0]["x"] - 150.4, good[0]["y"] - 200.7) < 0.3
     assert good[0]["flux"] == pytest.approx(4000 * 6 * np.pi, rel=0.05)
