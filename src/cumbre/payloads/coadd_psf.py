@@ -53,7 +53,7 @@ def match_inputs(
     template
         The plain mean; its pixels stand for those that an image lacks while that is convolved.
     images, variances
-        n of (ny, nx) on the template's grid and photometric scale; each is asked for once or twice.
+        n of (ny, nx) on the template's grid and photometric scale; each is asked for once.
     left_out
         (n, ny, nx): 1 where a pixel has no part in the mean.
     shares
@@ -75,16 +75,16 @@ def match_inputs(
     total = np.zeros(template.shape, np.float32)
     weight = np.zeros(template.shape, np.float32)
     for k in range(len(known)):
-        plane = _Plane(template, images[k], variances[k], left_out[k], float(known[k]))
-        missing = left_out[k].astype(np.float32)
+        image, missing = fixed.image, left_out[k].astype(np.float32)
         if k != order:
+            plane = _Plane(template, images[k], variances[k], left_out[k], float(known[k]))
             try:
-                plane.image, missing = _matched(plane, fixed, stars, missing)
+                image, missing = _matched(plane, fixed, stars, missing)
             except NoWorkFoundError as error:
                 log.warning("template: its images keep their PSFs: %s", error)
                 return 0
         part = np.where(missing < SPOILT, np.float32(shares[k]) * (1 - missing), np.float32(0))
-        total += part * plane.image
+        total += part * image
         weight += part
     some = weight > 0
     template.image[some] = total[some] / weight[some]
